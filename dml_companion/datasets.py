@@ -6,6 +6,7 @@
 from __future__ import annotations
 import csv, difflib, hashlib, inspect, io, json, os, shutil, stat, unicodedata, uuid, warnings, zipfile
 from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,11 +19,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['PACK_FORMAT', 'DATASETS', 'COMMON', 'FACES', 'MIN_FACES', 'Rows', 'Split', 'Dataset', 'die', 'take_classes',
-           'holdout_classes', 'subset_classes', 'Source', 'Pack', 'BrokenPack', 'sha256_json', 'image_hash',
-           'write_pack', 'file_facts', 'open_pack', 'verify_pack', 'cache_folder', 'ensure_pack', 'put_in_place',
-           'Sides', 'view', 'content_digest', 'limit', 'assemble', 'Entry', 'dataset', 'known_datasets', 'refuse',
-           'load', 'data_digest', 'glyph_points', 'draw_glyph', 'glyph_name', 'glyph_source', 'clean_glyphs', 'glyphs']
+__all__ = ['PACK_FORMAT', 'DATASETS', 'COMMON', 'FACES', 'MIN_FACES', 'MAX_MEMBER', 'MAX_RATIO', 'OMNIGLOT', 'OMNIGLOT_DRAWERS',
+           'OMNIGLOT_HELP', 'IMAGE_ENDINGS', 'FOLDER_HELP', 'GROCERY_CLASSES', 'GROCERY_HELP', 'Rows', 'Split',
+           'Dataset', 'die', 'take_classes', 'holdout_classes', 'subset_classes', 'Source', 'Pack', 'BrokenPack',
+           'sha256_json', 'image_hash', 'write_pack', 'file_facts', 'open_pack', 'verify_pack', 'cache_folder',
+           'ensure_pack', 'put_in_place', 'Sides', 'view', 'content_digest', 'limit', 'assemble', 'Entry', 'dataset',
+           'known_datasets', 'refuse', 'load', 'data_digest', 'glyph_points', 'draw_glyph', 'glyph_name',
+           'glyph_source', 'clean_glyphs', 'base_letter', 'glyphs', 'MissingData', 'BadArchive', 'BrokenImage', 'Files',
+           'unsafe_member', 'zip_files', 'folder_files', 'decode', 'read_image', 'missing', 'omniglot_half',
+           'omniglot_classes', 'hidden', 'omniglot', 'image_classes', 'read_class_list', 'unseen_classes',
+           'ImageFolderSplit', 'grocery']
 
 # %% ../nbs/01_foundations/01_datasets.ipynb #c05
 class Rows:
@@ -402,18 +408,23 @@ def clean_glyphs(hashes: np.ndarray, # (k, faces, 32) uint8, hash of each image
     return keep & (keep.sum(1, keepdims=True) >= MIN_FACES)
 
 # %% ../nbs/01_foundations/01_datasets.ipynb #c43
+def base_letter(point: int) -> str:
+    "A character without its accents and typographic variants: the first character of its Unicode decomposition (NFKD)."
+    return (unicodedata.normalize("NFKD", chr(point)).strip() or chr(point))[0]
+
+# %% ../nbs/01_foundations/01_datasets.ipynb #c46
 @dataset("glyphs", "letterforms of the twelve DejaVu faces inside matplotlib; a class is a character; nothing to download", 32)
 def glyphs(root, size, cache, progress, # as in `load`; root is not used
            merge_twins: bool = True, # False: training keeps drawings that several classes share (label noise, for study)
            split_seed: int = 0, # of the division of the classes into training and test
           ) -> Sides:
-    "The embedded default: code points as classes, faces as images, cleaned; half of the classes are unseen."
+    "The embedded default: code points as classes, faces as images, cleaned; half of the base letters are unseen."
     import matplotlib, PIL.features
     if not 16 <= size <= 256: raise ValueError(f"glyphs are drawn at 16 to 256 pixels, got size={size}")
     pack = ensure_pack(glyph_source(size), cache, progress)
     by_class = lambda x: x.reshape(len(pack.class_names), len(FACES), *x.shape[1:])
     blank = by_class((pack.hashes == image_hash(np.zeros_like(pack.images[0]))).all(1))
-    training = die(pack.class_names, split_seed)[:, None] < .5
+    training = die(map(base_letter, glyph_points()[1]), split_seed)[:, None] < .5
     clean = clean_glyphs(by_class(pack.hashes), blank)
     train = (clean if merge_twins else clean_glyphs(by_class(pack.hashes), blank, merge_twins=False)) & training
     info = dict(source="DejaVu fonts as shipped with matplotlib", licence="Bitstream Vera licence; DejaVu changes are public domain",
@@ -422,3 +433,241 @@ def glyphs(root, size, cache, progress, # as in `load`; root is not used
                 merge_twins=merge_twins, split_seed=split_seed, size=size,
                 notes="white on black; a drawing occurs once in the set; look-alikes remain, see notebook 01_datasets")
     return Sides(pack, np.flatnonzero(train), np.flatnonzero(clean & ~training), None, False, info)
+
+# %% ../nbs/01_foundations/01_datasets.ipynb #c62
+class MissingData(FileNotFoundError):
+    "The files of a set are not there; the message says where we looked, where to get them and how they must lie."
+
+class BadArchive(ValueError):
+    "An archive that is damaged or has members no honest archive has; the message names archive and member."
+
+class BrokenImage(ValueError):
+    "An image that cannot be decoded; the message names the file. Images are never skipped silently."
+
+class Files(NamedTuple):
+    "The files of a folder or of a zip archive."
+    where: Path
+    names: list[str] # relative, '/' as separator, sorted
+    fingerprint: str # of names, sizes and checksums (zip) or modification times (folder)
+    read: Callable[[str], bytes]
+
+MAX_MEMBER = 2**28 # bytes of one file in an archive: 256 MB is far above any photograph
+MAX_RATIO = 200 # uncompressed / compressed: images are compressed already, zip bombs reach 1000 and more
+
+def unsafe_member(m: zipfile.ZipInfo) -> str | None: # what is wrong, or None
+    "Why a member of an archive is refused: it points outside, is a link, is encrypted or swells beyond reason."
+    parts = m.orig_filename.replace("\\", "/").split("/")
+    if m.orig_filename[:1] in "/\\" or parts[0][1:2] == ":": return "an absolute path"
+    if ".." in parts: return "a path with '..'"
+    if "\0" in m.orig_filename: return "a zero byte in its name"
+    if stat.S_IFMT(m.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR): return "a link or a special file"
+    if m.flag_bits & 1: return "encryption"
+    if m.file_size > MAX_MEMBER: return f"{m.file_size:,} bytes, more than {MAX_MEMBER:,}"
+    if m.file_size > 2**20 and m.file_size > MAX_RATIO * max(m.compress_size, 1): return f"a compression ratio above {MAX_RATIO}"
+
+def zip_files(path: Path) -> Files:
+    "The files of a zip archive, every member checked first; raises `BadArchive`."
+    try: archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, EOFError) as e: raise BadArchive(f"{path} is not a sound zip archive ({e}): fetch it again") from e
+    members = archive.infolist()
+    for m in members:
+        if why := unsafe_member(m): raise BadArchive(f"{path}: member {m.orig_filename!r} has {why}; refusing the whole archive")
+    members = sorted((m for m in members if not m.is_dir()), key=lambda m: m.filename)
+    names = [m.filename for m in members]
+    twice = [a for a, b in zip(names, names[1:]) if a == b]
+    if twice: raise BadArchive(f"{path}: member {twice[0]!r} occurs twice")
+    return Files(path, names, sha256_json([[m.filename, m.file_size, m.CRC] for m in members]), archive.read)
+
+def folder_files(path: Path) -> Files:
+    "The files below a folder; links to folders are not followed (and named in a warning)."
+    names, links = [], []
+    for at, folders, files in os.walk(path):
+        links += [os.path.join(at, d) for d in folders if os.path.islink(os.path.join(at, d))]
+        names += [Path(at, f).relative_to(path).as_posix() for f in files]
+    if links: warnings.warn(f"{path}: links to folders are not followed: {', '.join(sorted(links)[:5])}", stacklevel=3)
+    names.sort()
+    facts = [[n, (s := (path / n).stat()).st_size, s.st_mtime_ns] for n in names if (path / n).exists()]
+    return Files(path, names, sha256_json([str(path.resolve()), facts]), lambda name: (path / name).read_bytes())
+
+# %% ../nbs/01_foundations/01_datasets.ipynb #c65
+def decode(data: bytes, # an image file
+           size: int, # side of the result in pixels
+           channels: int = 3, # 1: grey, 3: RGB
+          ) -> np.ndarray: # (channels, size, size) uint8
+    "Decode, turn upright, convert, scale the short side to `size` (bicubic, antialiased), crop the centre."
+    image = Image.open(io.BytesIO(data))
+    image.draft(None, (2 * size, 2 * size)) # JPEG only: skip detail that the scaling would throw away
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"): # 16 bits, or 32 that hold 16
+        pixels = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((pixels // 257 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+def read_image(files: Files, name: str, size: int, channels: int = 3) -> np.ndarray: # (channels, size, size) uint8
+    "Read and decode one file; raises `BrokenImage`, which names it."
+    try: return decode(files.read(name), size, channels)
+    except Exception as e: # decoders raise anything from OSError to struct.error
+        raise BrokenImage(f"cannot read the image {name} in {files.where}: {e}. Replace or remove the file; "
+                          f"images are never skipped silently") from e
+
+# %% ../nbs/01_foundations/01_datasets.ipynb #c68
+OMNIGLOT = {"images_background": 964, "images_evaluation": 659} # characters in the official halves
+OMNIGLOT_DRAWERS = 20
+OMNIGLOT_HELP = """get images_background.zip and images_evaluation.zip from https://github.com/brendenlake/omniglot (folder python)
+and put them, zipped or unpacked, into one folder:
+    DML_DATA/omniglot/images_background.zip   or   DML_DATA/omniglot/images_background/<alphabet>/<character>/<image>.png
+    DML_DATA/omniglot/images_evaluation.zip   or   DML_DATA/omniglot/images_evaluation/<alphabet>/<character>/<image>.png"""
+
+def missing(name: str, root: Path | None, what: str, help: str) -> MissingData:
+    "The error for data that are not there."
+    looked = f"looked for {what} in {root.resolve()} and {(root / name).resolve()}" if root else \
+        "no folder was given: pass root= (or --data), or set the environment variable DML_DATA"
+    return MissingData(f"{name}: {looked}.\nTo have it, {help}")
+
+def omniglot_half(root: Path | None, half: str) -> Files:
+    "The files of one official half, from a folder or zip in root/omniglot or root; raises `MissingData`."
+    for place in ((root / "omniglot", root) if root else ()):
+        if (place / half).is_dir(): return folder_files(place / half)
+        if (place / f"{half}.zip").is_file(): return zip_files(place / f"{half}.zip")
+    raise missing("omniglot", root, f"{half}/ or {half}.zip", OMNIGLOT_HELP)
+
+def omniglot_classes(files: Files, half: str) -> dict[str, list[str]]: # {"alphabet/character": [file, ...]}, counts checked
+    "The characters of a half; raises `ValueError` when they are not the official ones in number."
+    found: dict[str, list[str]] = {}
+    for n in files.names:
+        if n.lower().endswith(".png") and not hidden(n): found.setdefault("/".join(n.split("/")[-3:-1]), []).append(n)
+    odd = [f"{c} has {len(v)} images" for c, v in found.items() if len(v) != OMNIGLOT_DRAWERS]
+    if len(found) != OMNIGLOT[half] or odd:
+        raise ValueError(f"{files.where} holds {len(found)} characters, expected {OMNIGLOT[half]} with {OMNIGLOT_DRAWERS} images each"
+                         + (f"; {odd[0]} (and {len(odd) - 1} more like it)" if odd else "") + ": fetch it again")
+    return found
+
+def hidden(name: str) -> bool:
+    "Files a system puts beside images: anything whose path has a part that starts with a dot, and macOS's __MACOSX."
+    return any(p.startswith(".") or p == "__MACOSX" for p in name.split("/"))
+
+# %% ../nbs/01_foundations/01_datasets.ipynb #c69
+@dataset("omniglot", "handwritten characters, 964 to train on and 659 unseen, 20 drawings each; official zips or folders", 32)
+def omniglot(root, size, cache, progress, # as in `load`
+             rotations: bool = False, # add each training character turned by 90, 180 and 270 degrees as three more classes
+            ) -> Sides:
+    "Omniglot (Lake, Salakhutdinov and Tenenbaum, Science 2015): background characters train, evaluation characters are unseen."
+    halves = {half: omniglot_half(root, half) for half in OMNIGLOT}
+    names, labels, todo = [], [], []
+    for half, files in halves.items():
+        for turn in range(4 if rotations and half == "images_background" else 1):
+            for c, group in omniglot_classes(files, half).items():
+                labels += [len(names)] * len(group); todo += [(files, n, turn) for n in group]
+                names.append(f"{c}/turned {90 * turn}" if turn else c)
+    def read(i):
+        files, n, turn = todo[i]
+        return np.rot90(255 - read_image(files, n, size, channels=1), turn, axes=(1, 2)) # paper is white: ink becomes bright
+    fingerprint = sha256_json([bool(rotations), *(f.fingerprint for f in halves.values())])
+    pack = ensure_pack(Source("omniglot", fingerprint, (1, size, size), labels, names, read), cache, progress)
+    unseen = np.array([f is halves["images_evaluation"] for f, _, _ in todo])
+    info = dict(source="https://github.com/brendenlake/omniglot", licence="MIT", rotations=bool(rotations), size=size,
+                notes="ink bright on black; official split; " + ("training has turned copies as classes" if rotations else "no turned copies"))
+    return Sides(pack, np.flatnonzero(~unseen), np.flatnonzero(unseen), None, False, info)
+
+# %% ../nbs/01_foundations/01_datasets.ipynb #c74
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+FOLDER_HELP = """make a folder with one sub-folder of images for each class, or a zip archive of it:
+    ROOT/<class name>/<any name>.jpg   (also png, webp, bmp, gif, tif; at least two images a class)"""
+
+def image_classes(files: Files) -> tuple[dict[str, list[str]], dict[str, int]]: # ({class: [file, ...]}, what was left out)
+    "Images by class, classes in sorted order; a single folder around all classes (a zipped folder) is looked through."
+    left_out = Counter()
+    def usable(name):
+        kind = "hidden files" if hidden(name) else "files that are no images" if not name.lower().endswith(IMAGE_ENDINGS) else None
+        if kind: left_out[kind] += 1
+        return kind is None
+    paths = [(n, n.split("/")) for n in files.names if usable(n)]
+    if paths and len({p[0] for _, p in paths}) == 1 and min(len(p) for _, p in paths) > 2: paths = [(n, p[1:]) for n, p in paths]
+    found: dict[str, list[str]] = {}
+    for n, parts in paths:
+        if len(parts) < 2: left_out["images outside a class folder"] += 1
+        else: found.setdefault(unicodedata.normalize("NFC", parts[0]), []).append(n)
+    return dict(sorted(found.items())), dict(left_out)
+
+# %% ../nbs/01_foundations/01_datasets.ipynb #c76
+def read_class_list(path: Path) -> list[str]:
+    "Class names from a file: .json (a list), .csv (column `class`, or the first one), anything else one name a line."
+    text = path.read_text("utf-8-sig")
+    if path.suffix.lower() == ".json":
+        names = json.loads(text)
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"{path}: expected a JSON list of class names")
+        return names
+    if path.suffix.lower() == ".csv":
+        rows = [r for r in csv.reader(io.StringIO(text)) if any(c.strip() for c in r)]
+        column = rows[0].index("class") if rows and "class" in rows[0] else 0
+        return [r[column].strip() for r in rows[int(bool(rows) and "class" in rows[0]):]]
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+def unseen_classes(names: Sequence[str], # sorted class names
+                   split: float | Sequence[str] | str | Path, # fraction of the classes, list of names, or file of names
+                   order: str = "random", # for a fraction: "random" (by the die) or "sorted" (the last ones by name)
+                   seed: int = 0, # for order="random"
+                  ) -> list[str]: # sorted; never empty, never all
+    "Which classes are held out for testing."
+    if order not in ("random", "sorted"): raise refuse("order", order, ("random", "sorted"))
+    if isinstance(split, (str, Path)): chosen = read_class_list(Path(split).expanduser())
+    elif isinstance(split, (int, float)) and not isinstance(split, bool):
+        if not 0 < split < 1: raise ValueError(f"split={split!r}: a fraction of unseen classes lies between 0 and 1")
+        ranked = list(names) if order == "sorted" else [names[i] for i in np.argsort(die(names, seed), kind="stable")]
+        chosen = ranked[len(names) - int(len(names) * split + 1e-9):]
+    else: chosen = list(split)
+    chosen = sorted({unicodedata.normalize("NFC", str(n)) for n in chosen})
+    for n in chosen:
+        if n not in set(names): raise refuse("class in split", n, names)
+    if not 0 < len(chosen) < len(names):
+        raise ValueError(f"split={split!r} makes {len(chosen)} of {len(names)} classes unseen; both sides need at least one")
+    return chosen
+
+# %% ../nbs/01_foundations/01_datasets.ipynb #c78
+@dataset("folder", "your own images: a folder (or zip) with one sub-folder for each class", 128)
+def ImageFolderSplit(root, size, cache, progress, # as in `load`; root is the folder or the zip
+                     split: float | Sequence[str] | str | Path = .5, # unseen classes: fraction, list of names, or file of names
+                     order: str = "random", # of a fraction: "random" or "sorted" (the last ones by name)
+                     seed: int = 0, # of order="random"
+                     channels: int = 3, # 1: grey, 3: colour
+                     flip: bool = True, # does a horizontal flip keep the class? not for writing
+                    ) -> Sides:
+    "Any user's images, split by class; `BrokenImage` names a file that cannot be decoded."
+    if channels not in (1, 3): raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels!r}")
+    if root is None or not root.exists(): raise missing("folder", root, "your images", FOLDER_HELP)
+    files = folder_files(root) if root.is_dir() else zip_files(root)
+    classes, left_out = image_classes(files)
+    if len(classes) < 2: raise MissingData(f"{root.resolve()} holds {len(classes)} classes of images, at least 2 are needed; {FOLDER_HELP}")
+    lonely = [c for c, group in classes.items() if len(group) == 1]
+    if lonely: warnings.warn(f"{len(lonely)} classes have one image, which has no partner to be found by: {', '.join(lonely[:10])}")
+    unseen = set(unseen_classes(list(classes), split, order, seed))
+    todo = [n for group in classes.values() for n in group]
+    labels = np.repeat(np.arange(len(classes)), [len(g) for g in classes.values()])
+    source = Source("folder", sha256_json([files.fingerprint, todo]), (channels, size, size), labels, list(classes),
+                    lambda i: read_image(files, todo[i], size, channels))
+    pack = ensure_pack(source, cache, progress)
+    test = np.isin(labels, [i for i, c in enumerate(classes) if c in unseen])
+    info = dict(source=root.name, classes=len(classes), images=len(todo), unseen=len(unseen), left_out=left_out, lonely=lonely, size=size,
+                order=order, seed=seed, notes="upright, transparency on white, short side scaled to size, centre crop")
+    return Sides(pack, np.flatnonzero(~test), np.flatnonzero(test), None, bool(flip), info)
+
+# %% ../nbs/01_foundations/01_datasets.ipynb #c82
+GROCERY_CLASSES = 81
+GROCERY_HELP = """take the images of the Grocery Store data set (https://github.com/marcusklasson/GroceryStoreDataset), scaled to 128 px,
+with one folder for each of the 81 fine classes, named by number and class (00.Golden-Delicious, 01.Granny-Smith, ...):
+    DML_DATA/grocery/grocery_128.zip   with members   <number>.<class>/<image>.jpg"""
+
+@dataset("grocery", "photographs of 81 grocery products, 41 to train on and 40 unseen", 128)
+def grocery(root, size, cache, progress) -> Sides: # as in `load`
+    "Grocery Store products: the first 41 classes train, those from the 42nd on are unseen."
+    places = [root, root / "grocery_128.zip", root / "grocery" / "grocery_128.zip"] if root else []
+    path = next((p for p in places if p.is_file()), None)
+    if path is None: raise missing("grocery", root, "grocery_128.zip", GROCERY_HELP)
+    sides = ImageFolderSplit(path, size, cache, progress, split=.5, order="sorted")
+    if (n := sides.info["classes"]) != GROCERY_CLASSES: raise ValueError(f"{path} holds {n} classes, expected {GROCERY_CLASSES}")
+    return sides._replace(info=sides.info | dict(source="https://github.com/marcusklasson/GroceryStoreDataset", licence="MIT"))
