@@ -1,0 +1,53 @@
+# make reproduce            the quick profile: train, tabulate, draw (PROFILE=omniglot picks another)
+# make test                 the whole test suite, smoke profile included
+# make lab                  read the notebooks in JupyterLab
+# make bench                losses and retrieval against their floors and pytorch-metric-learning
+# make setup LOCK=1         the environment in which the committed figures were made, package by package
+# make clean                remove what can be built again; `make clean-runs` also removes finished runs
+
+PYTHON  ?= python3
+VENV    ?= .venv
+PROFILE ?= quick
+ARGS    ?=
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+
+.PHONY: setup reproduce status test lab bench export clean clean-runs
+.DEFAULT_GOAL := reproduce
+
+setup: $(READY)
+
+# The marker is written last, so an interrupted installation is taken up again.
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),-c constraints.txt) -e ".[reproduce,pretrained,dev]"
+	touch $(READY)
+
+reproduce: $(READY)
+	$(BIN)/dml-companion reproduce --profile $(PROFILE) $(ARGS)
+
+status: $(READY)
+	$(BIN)/dml-companion status --profile $(PROFILE)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+# After editing a notebook: strip outputs, write the package.
+export: $(READY)
+	find nbs -name '*.ipynb' -not -path '*/.*' -exec $(BIN)/nbstripout {} +
+	$(BIN)/nbdev_export
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info _proc .pytest_cache .hypothesis .snakemake
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-runs: clean
+	rm -rf runs
