@@ -285,10 +285,10 @@ def train_digest(recipe: dict, # holds at least `objective`
     "Digest of all code that can change the result of this recipe."
     root, also = root or project_root(), []
     if (name := recipe.get("objective") or "none") != "none":
-        from dml_companion.objective import catalogue
-        known = catalogue()
-        if name not in known: raise ValueError(f"objective {name!r} is not known; known are {', '.join(sorted(known))}")
-        also = [known[name].cls]
+        from dml_companion.objective import locate
+        known = locate()
+        if name not in known: raise ValueError(f"unknown objective {name!r}{nearest_name(name, known)} Known: {', '.join(known)}")
+        also = [known[name]]
     return notebook_digest(root / notebook, results_only=True, folder=package_folder(root), also=also)
 
 
