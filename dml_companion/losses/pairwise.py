@@ -55,18 +55,19 @@ def distance_gradient(d_tightness: Tensor, d_contrast: Tensor, # () what arrives
     return torch.addmm(g.sum(1, keepdim=True) * a, g, a, alpha=-1).mul_(4)
 
 # %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c19
-def hinges(reach: Tensor, # (n, n) how far a pair is on the wrong side, already 0 where it does not count
-           distances: Tensor, # (n, n) >= 0
+def hinges(reach: Tensor, # (n, n) distance past the margin; overwritten
+           mask: Tensor, # (n, n) bool, the pairs of this kind
+           distances: Tensor, # (n, n) > 0, infinite where two points coincide
            power: int, # 2: squared hinge, 1: plain
            reduction: str, # "anchor", "pair", "nonzero"
-           pairs: Tensor, # () number of pairs of this kind
           ) -> tuple[Tensor, Tensor]: # value (), |slope| in the squared distance (n, n)
-    "Sum of hinges over the chosen number, and its slope; slope 0 at distance 0."
-    count = {"anchor": len(reach), "pair": pairs, "nonzero": reach.count_nonzero() if reduction == "nonzero" else None}[reduction]
-    scale = 1 / torch.as_tensor(count, device=reach.device).clamp_min(1).to(reach.dtype)
-    value = (reach.square() if power == 2 else reach).sum() * scale
-    slope = reach if power == 2 else (reach > 0) * .5
-    return value, torch.where(distances > 0, slope / distances, 0).mul_(scale)
+    "Sum of hinges over the chosen number, and its slope; slope 0 where points coincide. Works in place."
+    reach.masked_fill_(~mask, 0).relu_()
+    count = {"anchor": lambda: reach.new_full((), len(reach)), "pair": mask.count_nonzero, "nonzero": reach.count_nonzero}[reduction]()
+    flat = reach.flatten()
+    value = flat.dot(flat) if power == 2 else flat.sum()
+    slope = reach if power == 2 else reach.sign_().mul_(.5)
+    return value / count.clamp_min(1), slope.div_(distances).div_(count.clamp_min(1))
 
 # %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c20
 @register("contrastive", "pairwise", "Hadsell et al. 2006")
@@ -84,14 +85,15 @@ class ContrastiveLoss(PairLoss):
         self.margin, self.positive_margin, self.squared, self.reduction = margin, positive_margin, squared, reduction
 
     def rule(self, labels, sizes, z):
-        "Distances once, one hinge a kind."
-        positives, negatives = pair_masks(labels)
-        distances, power = euclidean_distances(z), 2 if self.squared else 1
-        near = torch.where(negatives, self.margin - distances, 0).relu_()
-        far = torch.where(positives, distances - self.positive_margin, 0).relu_()
-        tightness, tight = hinges(far, distances, power, self.reduction, (sizes - 1).sum())
-        contrast, spread = hinges(near, distances, power, self.reduction, (len(labels) - sizes).sum())
-        return tightness, contrast, distance_gradient, (z - centre(z), tight, spread.neg_())
+        "Distances once, then each kind of pair in place."
+        (positives, negatives), a, power = pair_masks(labels), z - centre(z), 2 if self.squared else 1
+        lengths = a.square().sum(1)
+        distances = torch.addmm(lengths, a, a.T, alpha=-2).add_(lengths[:, None]).clamp_min_(0).sqrt_().fill_diagonal_(0)
+        far, near = distances - self.positive_margin, self.margin - distances
+        distances.masked_fill_(distances == 0, torch.inf)
+        tightness, tight = hinges(far, positives, distances, power, self.reduction)
+        contrast, spread = hinges(near, negatives, distances, power, self.reduction)
+        return tightness, contrast, distance_gradient, (a, tight, spread.neg_())
 
 # %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c29
 def move_centers(centers: Tensor, # (K, d) changed in place
@@ -150,16 +152,16 @@ class CenterLoss(Objective):
         return Parts(self.center_weight * .5 * getattr(springs, self.reduction)(), contrast)
 
 # %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c37
-def soft_rows(scores: Tensor, # (n, n)
-              mask: Tensor | None, # (n, n) bool, which pairs take part; None: all, and `scores` is overwritten
+def soft_rows(scores: Tensor, # (n, n), overwritten
+              mask: Tensor | None, # (n, n) bool, which pairs take part; None: all
               spare: Tensor | float, # (n,) or number: the score written on the diagonal
               share: Tensor | float = 0., # (n,) or number: how much of the diagonal's weight belongs to the pair (i, i)
              ) -> tuple[Tensor, Tensor]: # log-sum-exp (n,) and its slopes (n, n)
     "Log-sum-exp of each row with the diagonal as spare place. Needs one finite score a row."
-    x = scores if mask is None else torch.where(mask, scores, -torch.inf)
-    x.diagonal()[:] = spare
-    slopes = x.softmax(1)
-    value = x.amax(1) - slopes.amax(1).log()      # the largest score's own weight is e^(score - value)
+    if mask is not None: scores.masked_fill_(~mask, -torch.inf)
+    scores.diagonal()[:] = spare
+    slopes = scores.softmax(1)
+    value = scores.amax(1) - slopes.amax(1).log()      # the largest score's own weight is e^(score - value)
     slopes.diagonal().mul_(share)
     return value, slopes
 
@@ -190,7 +192,7 @@ class SNCALoss(PairLoss):
         scores, (positives, _) = (z @ z.T).div_(self.temperature), pair_masks(labels)
         some = sizes > 1
         spare = scores.diagonal().clone() if self.self_pairs else torch.where(some, -torch.inf, 0)
-        near, tight = soft_rows(scores, positives, spare, float(self.self_pairs))
+        near, tight = soft_rows(scores.clone(), positives, spare, float(self.self_pairs))
         all_, spread = soft_rows(scores, None, -torch.inf if len(z) > 1 else 0.)
         w = anchor_weights(some, self.reduction, z)
         slope = (w / self.temperature)[:, None]
@@ -228,7 +230,7 @@ class MultiSimilarityLoss(PairLoss):
         "Two softmaxes, the diagonal being the 1 of log(1 + ...)."
         similarities, (positives, negatives) = z @ z.T, pair_masks(labels)
         if self.mining is not None: positives, negatives = ms_pairs(similarities, positives, negatives, self.mining)
-        over = similarities - self.threshold
+        over = similarities.sub_(self.threshold)
         own = -self.alpha * over.diagonal() if self.self_pairs else torch.full_like(over[0], -torch.inf)
         near, tight = soft_rows(over * -self.alpha, positives, F.softplus(own), own.sigmoid())
         far, spread = soft_rows(over.mul_(self.beta), negatives, 0.)
