@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Gradient', 'Rule', 'CATALOGUE', 'PACKAGE', 'Parts', 'check_batch', 'options', 'Objective', 'check_positive',
-           'check_fraction', 'unknown', 'check_choice', 'closed_form', 'similarity_gradient', 'Entry', 'register',
-           'loss_modules', 'catalogue', 'locate']
+           'check_fraction', 'unknown', 'check_choice', 'closed_form', 'similarity_gradient', 'unit_rows', 'Entry',
+           'register', 'loss_modules', 'catalogue', 'locate']
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c02
 import ast, pkgutil
@@ -155,6 +155,30 @@ def similarity_gradient(d_tightness: Tensor, d_contrast: Tensor, # () what arriv
     return g.T.contiguous().add_(g) @ z     # a copied transpose adds faster than a strided one
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c29
+class _UnitRows(torch.autograd.Function):
+    "Eq. (2), scaled by the largest entry first so that no square overflows."
+    @staticmethod
+    def forward(ctx, x):
+        peak = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+        some = peak > 1e-12
+        unit = x / torch.where(some, peak, torch.inf)
+        norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+        unit.div_(torch.where(some, norm, 1))
+        ctx.save_for_backward(unit, torch.where(some, 1 / (peak * norm), 0))
+        return unit
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        unit, inverse = ctx.saved_tensors
+        return torch.addcmul(g, unit, (g * unit).sum(1, keepdim=True), value=-1).mul_(inverse)
+
+def unit_rows(x: Tensor, # (n, d) float32 or float64
+             ) -> Tensor: # (n, d) rows of length 1; a zero row stays zero and gets no gradient
+    "`geometry.normalize` with its gradient in closed form, eq. (2); differentiable once."
+    return _UnitRows.apply(x)
+
+# %% ../nbs/01_foundations/04_objective.ipynb #c32
 class Entry(NamedTuple):
     "One row of the catalogue."
     name: str # as in a recipe
@@ -180,7 +204,7 @@ def register(name: str, # snake_case name used in recipes
         return cls
     return add
 
-# %% ../nbs/01_foundations/04_objective.ipynb #c33
+# %% ../nbs/01_foundations/04_objective.ipynb #c36
 PACKAGE = "dml_companion.losses"
 
 def loss_modules() -> list[str]: # dotted names

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from ..geometry import centre, class_counts, class_means, euclidean_distances, normalize, pair_masks
+from ..geometry import centre, class_counts, class_means, pair_masks
 from ..objective import (Gradient, Objective, Parts, check_choice, check_fraction, check_positive, closed_form, register,
-                                     similarity_gradient)
+                                     similarity_gradient, unit_rows)
 
 # %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c08
 def own_class_sizes(labels: Tensor, # (n,) int64
@@ -43,7 +43,7 @@ class PairLoss(Objective):
         "Normalise, count, and attach the closed form."
         sizes = own_class_sizes(labels)
         self.counts = lonely(sizes)
-        return closed_form(normalize(embeddings) if self.normalize else embeddings, partial(self.rule, labels, sizes))
+        return closed_form(unit_rows(embeddings) if self.normalize else embeddings, partial(self.rule, labels, sizes))
 
 # %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c17
 def distance_gradient(d_tightness: Tensor, d_contrast: Tensor, # () what arrives from above
@@ -145,7 +145,7 @@ class CenterLoss(Objective):
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "Springs, and the classifier's cross-entropy."
         self.counts = lonely(own_class_sizes(labels))
-        x = normalize(embeddings) if self.normalize else embeddings
+        x = unit_rows(embeddings) if self.normalize else embeddings
         springs = (x - self.own_centers(x, labels)).square().sum(1)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         contrast = F.cross_entropy(F.linear(embeddings, self.weight.to(x.dtype), bias), labels, label_smoothing=self.label_smoothing)
