@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', 'FiguresOption', 'COLOURS', 'say', 'give_up',
-           'make_plan', 'version', 'overview', 'counts', 'status', 'reproduce', 'run_plan', 'report', 'watch', 'wait',
-           'bar', 'objectives', 'job', 'main']
+           'make_plan', 'version', 'overview', 'counts', 'status', 'reproduce', 'run_plan', 'polite_signals', 'report',
+           'watch', 'wait', 'bar', 'objectives', 'job', 'main']
 
 # %% ../nbs/01_foundations/08_cli.ipynb #c02
-import os, sys, time
+import os, signal, time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -50,7 +50,9 @@ def make_plan(profile: str, data: str | None, device: str, figures: str | None):
         from dml_companion.engine import plan
         return root, plan(profile, data, device, figures, root)
     except (ValueError, FileNotFoundError) as e: give_up(e)
-    except ImportError as e: give_up(ImportError(f"{e}; the pipeline needs more than the losses do: pip install 'dml-companion[reproduce]'"))
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("dml_companion"): raise
+        give_up(ModuleNotFoundError(f"{e}; the pipeline needs more than the losses do: pip install 'dml-companion[reproduce]'"))
 
 
 @app.callback(invoke_without_command=True)
@@ -115,6 +117,7 @@ def run_plan(plan, cores: int, root: Path, lock) -> int: # exit code
     if plan.left():
         where = f"{plan.gpus} GPU{'s' * (plan.gpus > 1)}, " if plan.gpus else ""
         say(f"{plan.profile}: {counts(plan)}; {len(plan.left())} of {len(plan.jobs)} notebooks to run on {where}{cores} core{'s' * (cores > 1)}")
+        polite_signals()
         process, log = engine.start(plan, cores, root, lock)
         try: watch(plan, process, cores, root)
         except KeyboardInterrupt:
@@ -127,6 +130,13 @@ def run_plan(plan, cores: int, root: Path, lock) -> int: # exit code
     engine.publish(plan, root)
     say(f"{plan.profile}: all {len(plan.jobs)} notebooks are done; figures, tables and provenance are in {plan.figures}")
     return 0
+
+
+def polite_signals() -> None:
+    "A closed terminal or a plain `kill` ends us like Ctrl-C does, unless someone (nohup) has decided otherwise."
+    def end(*_): raise KeyboardInterrupt
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) is signal.SIG_DFL: signal.signal(name, end)
 
 
 def report(plan, root: Path, log: Path | None) -> int:

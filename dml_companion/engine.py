@@ -8,13 +8,13 @@ __all__ = ['BUDGET', 'KEEP', 'NOISE', 'Strict', 'DataChoice', 'Row', 'Task', 'Re
            'check_parameters', 'NotebookFailed', 'beside', 'failure_text', 'describe_failure', 'execute', 'relative',
            'Job', 'Plan', 'manifest_of', 'read_json', 'spoilt', 'is_locked', 'difference', 'older_run', 'judge',
            'train_jobs', 'notebook_job', 'data_digests', 'gpu_count', 'plan', 'refresh', 'locked', 'follow_front',
-           'one_gpu', 'run_job', 'judge_done', 'broken_job', 'seal', 'Busy', 'project_lock', 'snakemake_command',
-           'guarded_snakemake', 'start', 'stop', 'Progress', 'epochs_done', 'past_seconds', 'look', 'time_left',
-           'duration', 'failures', 'tail', 'clean_text', 'clean_output', 'reading_copy', 'publish', 'readable',
-           'figure_files', 'provenance_of']
+           'one_gpu', 'run_job', 'judge_done', 'broken_job', 'check_code', 'seal', 'seconds_since', 'Busy',
+           'project_lock', 'snakemake_command', 'guarded_snakemake', 'start', 'stop', 'Progress', 'epochs_done',
+           'past_seconds', 'look', 'time_left', 'duration', 'failures', 'tail', 'clean_text', 'clean_output',
+           'reading_copy', 'publish', 'readable', 'figure_files', 'provenance_of', 'records_of']
 
 # %% ../nbs/01_foundations/07_engine.ipynb #c02
-import ast, fcntl, json, math, os, re, signal, subprocess, sys, threading, time
+import ast, fcntl, json, math, os, re, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
@@ -22,7 +22,8 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .reproduction import (Record, TRAIN_NOTEBOOK, canonical, cell_code, code_cells, complaint, digest,
-    file_digest, git_state, identify, load_record, nearest_name, notebook_digest, now, package_folder, project_root,
+    file_digest, identify, load_record, nearest_name, notebook_digest, now, package_folder, project_root, provenance,
+    style_of,
     run_id, write_atomic, write_json_atomic)
 
 # %% ../nbs/01_foundations/07_engine.ipynb #c05
@@ -68,9 +69,12 @@ class Profile(Strict):
     tuning: str | None = None # where the hyper-parameter search is logged
 
     def recipe(self, row: str) -> dict: # before validation
-        "The recipe of a row: data, then base, then what the row changes."
+        "The recipe of a row: data, then base, then what the row changes; `epochs: 0` drops what only training reads."
+        from dml_companion.training import TRAINING
+        own, base = self.rows[row].recipe, self.base
         data = {"dataset": self.data.name, "data_options": self.data.options} if self.data else {}
-        return {**data, "threads": self.resources.threads_per_run, **self.base, **self.rows[row].recipe}
+        if own.get("epochs") == 0: base = {k: v for k, v in base.items() if k not in TRAINING} | {"objective": None}
+        return {**data, "threads": self.resources.threads_per_run, **base, **own}
 
 # %% ../nbs/01_foundations/07_engine.ipynb #c07
 def read_yaml(path: str | Path) -> dict:
@@ -113,6 +117,7 @@ def checked_recipes(profile: Profile) -> dict[str, dict]: # row -> complete reci
     if not profile.rows: return {}
     if profile.data is None: raise ValueError(f"profile {profile.name!r} has rows but no data; add `data: {{name: glyphs}}`")
     if not profile.seeds: raise ValueError(f"profile {profile.name!r} has rows but no seeds; add `seeds: [0, 1, 2]`")
+    if "threads" in profile.base: raise ValueError(f"profile {profile.name!r}: say resources.threads_per_run, not base.threads")
     from dml_companion.training import Recipe
     recipes = {}
     for row in profile.rows:
@@ -239,8 +244,9 @@ def execute(notebook: str | Path, # path from the root, or absolute
 
 
 def relative(path: str | Path, root: Path) -> str:
-    "A path as seen from the root where it lies inside, else as it is."
-    try: return Path(path).resolve().relative_to(Path(root).resolve()).as_posix()
+    "A path as seen from the root where it lies inside, else the absolute path."
+    path = Path(path).expanduser().resolve()
+    try: return path.relative_to(Path(root).resolve()).as_posix()
     except ValueError: return str(path)
 
 # %% ../nbs/01_foundations/07_engine.ipynb #c19
@@ -258,6 +264,7 @@ class Job(Strict):
     row: str = ""
     seed: int | None = None
     run: str = "" # the run id, for training
+    code: str = "" # digest of the notebook's code and what it uses, for all others
     recipe: dict[str, Any] = {}
     data: str = "" # data digest
     state: str = "missing" # finished, running, failed, stale, interrupted, changed, missing
@@ -319,7 +326,8 @@ def is_locked(path: Path) -> bool:
 def difference(job: Job, old: Record) -> str:
     "Why a training run's id is not the old one."
     keys = [k for k in {**old.recipe, **job.recipe} if canonical(old.recipe.get(k)) != canonical(job.recipe.get(k))]
-    if keys: return "recipe changed: " + ", ".join(f"{k} {old.recipe.get(k)} -> {job.recipe.get(k)}" for k in keys[:3])
+    says = lambda k: k if isinstance(job.recipe.get(k), dict) else f"{k} {old.recipe.get(k)} -> {job.recipe.get(k)}"
+    if keys: return "recipe changed: " + ", ".join(map(says, keys[:5])) + ", ..." * (len(keys) > 5)
     return "the data changed" if old.data.get("digest") != job.data else "the code changed"
 
 
@@ -368,13 +376,14 @@ def notebook_job(task: Task, profile: Profile, trained: list[Job], given: dict[s
     if strangers: raise ValueError(f"{stem}: unknown row {min(strangers)!r}{nearest_name(min(strangers), profile.rows)} Known: {', '.join(profile.rows)}")
     runs = [j for j in trained if "records" in known and (task.rows is None or j.row in task.rows)]
     records = [str(Path(j.output).parent / "record.json") for j in runs]
-    offered = {"profile": profile.name, "records": records, **given}
+    labels = {row: r.label or style_of(row)["label"] for row, r in profile.rows.items() if task.rows is None or row in task.rows}
+    offered = {"profile": profile.name, "records": records, "labels": labels, **given}
     parameters = {**{k: v for k, v in offered.items() if k in known}, **task.parameters}
     what = {k: v for k, v in parameters.items() if k not in ("data", "device", "records")}
-    name = digest([notebook_digest(root / task.notebook, folder=package_folder(root)), what, [j.run for j in runs],
-                   data if "data" in known else ""], 12)
+    code = notebook_digest(root / task.notebook, folder=package_folder(root))
+    name = digest([code, what, [j.run for j in runs], data if "data" in known else ""], 12)
     return Job(id=f"notebooks/{profile.name}/{stem}-{name}", kind="notebook", title=stem, notebook=task.notebook, parameters=parameters,
-               output=f"runs/notebooks/{profile.name}/{stem}-{name}.ipynb", inputs=records, after=[j.output for j in runs], 
+               output=f"runs/notebooks/{profile.name}/{stem}-{name}.ipynb", inputs=records, after=[j.output for j in runs], code=code,
                log=f"runs/logs/{profile.name}/notebooks/{profile.name}/{stem}-{name}.log")
 
 
@@ -436,7 +445,6 @@ def refresh(plan: Plan, root: Path) -> Plan:
 @contextmanager
 def locked(path: Path, # the lock file
            patience: float = 0., # seconds to wait for it
-           pass_on: bool = False, # True: child processes that inherit the handle keep the lock
           ) -> Iterator[Any]:
     "Hold a lock that the operating system releases when we die, however we die; BlockingIOError when another holds it."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -447,7 +455,6 @@ def locked(path: Path, # the lock file
             except BlockingIOError:
                 if time.monotonic() >= end: raise
                 time.sleep(.2)
-        os.set_inheritable(file.fileno(), pass_on)
         file.truncate(0); file.write(json.dumps({"pid": os.getpid(), "since": now()})); file.flush()
         yield file
 
@@ -497,7 +504,8 @@ def run_job(plan_file: str, # written by the front end
             if judge_done(job, root): return 0
             listing.unlink(missing_ok=True)
             for old in (output, root / manifest_of(job)): old.unlink(missing_ok=True)
-            os.environ["DML_MANIFEST"], start = str(listing), time.time()
+            os.environ["DML_MANIFEST"], start = str(listing), now()
+            check_code(job, root)
             execute(job.notebook, output, job.parameters, root, check=lambda: seal(job, listing, start, root))
     except NotebookFailed as e: print(e, file=sys.stderr); return 1
     except (ValueError, BlockingIOError) as e: return broken_job(job, e, root)
@@ -517,8 +525,15 @@ def broken_job(job: Job, error: Exception, root: Path) -> int:
     return 1
 
 
-def seal(job: Job, listing: Path, start: float, root: Path) -> None:
+def check_code(job: Job, root: Path) -> None:
+    "Refuse to mix two versions: ValueError if the notebook or what it uses is not what the plan saw."
+    if job.code and notebook_digest(root / job.notebook, folder=package_folder(root)) != job.code:
+        raise ValueError(f"the code of {job.notebook} changed after the plan was made; give the same command again")
+
+
+def seal(job: Job, listing: Path, start: str, root: Path) -> None:
     "Check what an executed job left behind and write its manifest."
+    check_code(job, root)
     folder = (root / job.output).parent
     wrote = listing.read_text().split("\n") if listing.exists() else []
     if job.kind == "train":
@@ -526,11 +541,18 @@ def seal(job: Job, listing: Path, start: float, root: Path) -> None:
         if record.run != job.run:
             raise ValueError(f"the record says run {record.run}, the plan expected {job.run}: code, recipe or data changed "
                              "while the run went on; give the same command again")
-        wrote += [str(folder / name) for name in ("record.json", *record.files)]
+        wrote += [str(folder / name) for name in ("record.json", *record.files) if not name.endswith(".pt")]     # those may be thrown away
     files = {relative(p, root): file_digest(p) for p in dict.fromkeys(wrote) if p}
-    write_json_atomic(root / manifest_of(job), {"job": job.id, "notebook": job.notebook, "seconds": round(time.time() - start, 1), "end": now(),
-                      **git_state(root), "files": files, "inputs": {p: file_digest(root / p) for p in job.inputs}})
+    write_json_atomic(root / manifest_of(job), {
+        "job": job.id, "files": files, "inputs": {p: file_digest(root / p) for p in job.inputs}, "seconds": seconds_since(start),
+        "provenance": provenance(start, notebook=relative(root / job.notebook, root), root=root)})
     listing.unlink(missing_ok=True)
+
+
+def seconds_since(start: str) -> float:
+    "Seconds since a time written by `now`."
+    from datetime import datetime, timezone
+    return round((datetime.now(timezone.utc) - datetime.fromisoformat(start.replace("Z", "+00:00"))).total_seconds(), 1)
 
 # %% ../nbs/01_foundations/07_engine.ipynb #c27
 class Busy(Exception):
@@ -542,7 +564,7 @@ def project_lock(root: Path, profile: str) -> Iterator[Any]:
     "One `reproduce` at a time; `Busy` names the process that is at work."
     path = root / "runs/.lock"
     try:
-        with locked(path, patience=2, pass_on=True) as file: yield file
+        with locked(path, patience=2) as file: yield file
     except BlockingIOError:
         holder = read_json(path) or {}
         raise Busy(f"another reproduce is at work in this project (process {holder.get('pid', '?')}, since {holder.get('since', '?')}). "
@@ -569,7 +591,7 @@ def start(plan: Plan, cores: int, root: Path, lock: Any) -> tuple[subprocess.Pop
     "Clear away spoilt outputs, write the plan and start Snakemake in the background."
     import psutil
     for job in plan.left():
-        for old in (root / job.output, beside(root / job.output, "error.json")): old.unlink(missing_ok=True)
+        for old in (root / job.output, beside(root / job.output, "error.json"), root / job.log): old.unlink(missing_ok=True)
     write_json_atomic(root / plan.path(), plan.model_dump())
     log = root / f"runs/logs/{plan.profile}/snakemake-{time.strftime('%Y%m%d-%H%M%S')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -687,9 +709,10 @@ NOISE = re.compile(r"^\[IPKernelApp\].*\n?|^.*\d+%\|[█▏▎▍▌▋▊▉ #0
 
 
 def clean_text(value: Any, secrets: dict[str, str]) -> Any:
-    "Text without absolute paths (as a string or a list of strings), as one string."
+    "Text (a string or a list of lines) as one string without this machine's folders."
     text = "".join(value) if isinstance(value, list) else value
-    for secret, public in secrets.items(): text = text.replace(secret, public) if isinstance(text, str) else text
+    for secret, public in secrets.items() if isinstance(text, str) else ():
+        text = re.sub(re.escape(secret) + r"(?![\w.-])/?", public, text)
     return text
 
 
@@ -698,7 +721,7 @@ def clean_output(output: dict, secrets: dict[str, str]) -> dict | None: # None: 
     if output["output_type"] == "stream":
         text = NOISE.sub("", clean_text(output["text"], secrets).replace("\r", "\n"))
         return {**output, "text": text} if text.strip() else None
-    if output["output_type"] == "error": return output
+    if output["output_type"] == "error": return {**output, "traceback": [clean_text(line, secrets) for line in output["traceback"]]}
     data = {k: clean_text(v, secrets) for k, v in output.get("data", {}).items() if k in KEEP}
     return {**output, "data": data, "metadata": {}} if data else None
 
@@ -708,8 +731,7 @@ def reading_copy(source: Path, # the notebook as it is now
                  root: Path) -> str: # JSON of a notebook
     "The source's prose with the run's outputs and parameters, small and free of this machine's paths."
     prose, ran = (json.loads(p.read_text(encoding="utf-8")) for p in (source, executed))
-    secrets = {str(root) + "/": "", str(root): ".", str(Path.home()): "~", sys.prefix: "<environment>"}
-    secrets = {k: v for k, v in secrets.items() if len(k) > 2}
+    secrets = {str(root): "./", sys.prefix: "<environment>/", str(Path.home()): "~/", tempfile.gettempdir(): "<temporary>/"}
     injected = [c for c in ran["cells"] if "injected-parameters" in c["metadata"].get("tags", [])]
     outputs = iter([c for c in ran["cells"] if c["cell_type"] == "code" and c not in injected])
     cells = []
@@ -724,7 +746,7 @@ def reading_copy(source: Path, # the notebook as it is now
     return json.dumps({**prose, "cells": cells}, indent=1, ensure_ascii=False) + "\n"
 
 # %% ../nbs/01_foundations/07_engine.ipynb #c35
-def publish(plan: Plan, root: Path) -> list[str]: # warnings
+def publish(plan: Plan, root: Path) -> None:
     "Copy records, reading copies and provenance of a finished plan into its figures folder."
     figures = root / plan.figures
     before = set((read_json(figures / "provenance.json") or {}).get("files", {}))
@@ -746,7 +768,6 @@ def publish(plan: Plan, root: Path) -> list[str]: # warnings
     for old in before - set(everything): (figures / old).unlink(missing_ok=True)
     text = json.dumps(provenance_of(plan, runs, everything, root), indent=1, ensure_ascii=False) + "\n"
     if not (figures / "provenance.json").is_file() or (figures / "provenance.json").read_text() != text: write_atomic(figures / "provenance.json", text)
-    return []
 
 
 def readable(plan: Plan) -> list[tuple[Job, str]]: # jobs with the name of their reading copy
@@ -777,12 +798,24 @@ def figure_files(plan: Plan, root: Path) -> dict[str, str]: # name inside the fi
 
 def provenance_of(plan: Plan, runs: dict, files: dict, root: Path) -> dict:
     "Everything that says where the published numbers come from."
-    made = [read_json(root / manifest_of(j)) or {} for j in plan.jobs]
-    facts = [load_record((root / j.output).parent).provenance for j in plan.jobs if j.kind == "train"]
-    distinct = lambda key: sorted({json.dumps(f.get(key)) for f in facts})
-    same = {k: [json.loads(v) for v in distinct(k)] for k in ("versions", "python", "system", "cpu", "cores", "threads", "gpus", "device")}
-    return {"profile": plan.profile, "commits": sorted({m["commit"] for m in made if m.get("commit")}), "dirty": any(m.get("dirty") for m in made),
-            "start": min((f["start"] for f in facts), default=None), "end": max((m["end"] for m in made if "end" in m), default=None),
-            "seconds": round(sum(m.get("seconds", 0) for m in made), 1), "hardware_and_versions": same, "runs": dict(sorted(runs.items())),
-            "notebooks": {j.title: {"notebook": j.notebook, "parameters": {k: v for k, v in j.parameters.items() if k not in ("data", "records")}}
-                          for j in plan.jobs if j.kind == "notebook"}, "files": dict(sorted(files.items()))}
+    made = {j.id: read_json(root / manifest_of(j)) or {} for j in plan.jobs}
+    facts = [m["provenance"] for m in made.values()]
+    facts += [load_record((root / j.output).parent).provenance for j in plan.jobs if j.kind == "train"]
+    distinct = lambda key: [json.loads(v) for v in sorted({json.dumps(f[key]) for f in facts if f.get(key)})]
+    notebooks = {j.title: {"notebook": j.notebook, "digest": made[j.id]["provenance"]["notebook_digest"], "seconds": made[j.id]["seconds"],
+                           "parameters": {k: v for k, v in j.parameters.items() if k not in ("data", "records")}}
+                 for j in plan.jobs if j.kind == "notebook"}
+    return {"profile": plan.profile, "commits": distinct("commit"), "dirty": any(f.get("dirty") for f in facts),
+            "start": min((f["start"] for f in facts), default=None), "end": max((f["end"] for f in facts), default=None),
+            "notebook_seconds": round(sum(m["seconds"] for m in made.values()), 1),
+            **{k: distinct(k) for k in ("versions", "python", "system", "cpu", "cores", "threads", "gpus", "device")},
+            "runs": dict(sorted(runs.items())), "notebooks": notebooks, "files": dict(sorted(files.items()))}
+
+
+def records_of(profile: str, # name of a profile
+               data: str | None = None, # folder of the data sets
+               root: Path | None = None) -> list[Record]:
+    "The records of a profile's finished runs, for looking at them by hand."
+    root = root or project_root()
+    jobs = plan(profile, data, root=root).jobs
+    return [load_record((root / j.output).parent) for j in jobs if j.kind == "train" and j.state == "finished"]

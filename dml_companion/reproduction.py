@@ -270,7 +270,8 @@ def notebook_digest(notebook: str | Path, # the file
     roots = uses([ast.parse(text)], source, folder) - {("notebook", n) for n in source.names}
     roots = {(m, n) for m, n in roots if n} - (EXEMPT if results_only else set())
     code = code_digest(*(f"{m}:{n}" for m, n in sorted(roots) if m not in BYSTANDERS), *also, folder=folder)
-    return digest([shape(ast.parse(text)) if results_only else [c["source"] for c in cells], code])
+    body = [s for s in ast.parse(text).body if not isinstance(s, (ast.Import, ast.ImportFrom))]
+    return digest([shape(body) if results_only else [c["source"] for c in cells], code])
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c30
 class Run(NamedTuple):
@@ -410,7 +411,8 @@ def complaint(error: ValidationError, model: type[BaseModel]) -> str:
     for e in error.errors():
         where, (*outer, last) = ".".join(map(str, e["loc"])), e["loc"] or ("",)
         if e["type"] == "missing": lines.append(f"{where!r} is missing"); continue
-        if e["type"] != "extra_forbidden": lines.append(f"{where}: {e['msg']}, got {str(e['input'])[:80]!r}"); continue
+        given = "" if isinstance(e["input"], dict) else f", got {str(e['input'])[:80]!r}"
+        if e["type"] != "extra_forbidden": lines.append((f"{where}: " if where else "") + e["msg"].removeprefix("Value error, ") + given); continue
         known = known_fields(model, outer)
         lines.append(f"unknown key {where!r}{nearest_name(str(last), known)} Known: {', '.join(known)}.")
     return "; ".join(lines)
