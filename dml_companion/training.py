@@ -502,7 +502,8 @@ class Run:
                  seed: int, folder: Path | None, device: str):
         "Build encoder, objective, optimiser and generators from the seed."
         from accelerate import Accelerator
-        from accelerate.utils import set_seed
+        from accelerate.state import AcceleratorState
+        AcceleratorState._reset_state(reset_partial_state=True)      # one state a process: forget the last run's precision and device
         self.accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no", cpu=device == "cpu")
         if self.accelerator.num_processes > 1: raise ValueError("fit runs in one process: start it without `accelerate launch`")
         self.recipe, self.train, self.watched, self.folder, self.device = recipe, train, watched, folder, device
