@@ -4,12 +4,13 @@
 
 # %% ../nbs/01_foundations/01_datasets.ipynb #c02
 from __future__ import annotations
-import csv, difflib, hashlib, inspect, io, json, os, shutil, stat, unicodedata, uuid, warnings, zipfile
-from collections.abc import Callable, Iterable, Sequence
+import csv, difflib, hashlib, inspect, io, json, os, shutil, stat, time, unicodedata, uuid, warnings, zipfile
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
@@ -43,7 +44,6 @@ class Rows:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self[:] if dtype is None else self[:].astype(dtype)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c06
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
     "Images of a set of classes. `images` behaves like an (n, c, h, w) `uint8` array and may live on disk."
@@ -69,9 +69,10 @@ class Split:
         images = np.ascontiguousarray(self.images[indices])
         return torch.from_numpy(images if images.flags.owndata else images.copy())
     def __repr__(self) -> str:
-        return f"Split({len(self):,} images of {self.num_classes:,} classes, {'x'.join(map(str, self.images.shape[1:]))})"
+        shape = "x".join(map(str, self.images.shape[1:]))
+        return f"Split({len(self):,} images of {self.num_classes:,} classes, {shape})"
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c09
+# %% ../nbs/01_foundations/01_datasets.ipynb #c08
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     "Training classes and unseen classes; the digest names exactly these images, labels and class names in this order."
@@ -85,14 +86,15 @@ class Dataset:
 
     def __post_init__(self):
         both = sorted(set(self.train.class_names) & set(self.query.class_names))
-        if both: raise ValueError(f"{len(both)} classes are in train and in query, e.g. {both[0]!r}; they must be disjoint")
+        if both: raise ValueError(f"{len(both)} classes are in train and query, e.g. {both[0]!r}: make them disjoint")
         if self.gallery is not None and self.gallery.class_names != self.query.class_names:
             raise ValueError("gallery and query must list the same class names in the same order")
     def __repr__(self) -> str:
-        rows = [f"{n:7} {s}" for n, s in (("train", self.train), ("query", self.query), ("gallery", self.gallery)) if s]
+        rows = [f"{n:7} {s}" for n, s in (("train", self.train), ("query", self.query), ("gallery", self.gallery))
+                if s is not None]
         return "\n".join([f"Dataset {self.name}, digest {self.digest[:12]}", *rows])
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c12
+# %% ../nbs/01_foundations/01_datasets.ipynb #c11
 def die(names: Iterable[str], # e.g. class names
         seed: int = 0, # another seed, another throw
        ) -> np.ndarray: # (n,) float64, uniform on [0, 1)
@@ -100,7 +102,7 @@ def die(names: Iterable[str], # e.g. class names
     heads = (hashlib.sha256(f"{seed}/{n}".encode()).digest()[:8] for n in names)
     return np.array([int.from_bytes(h, "big") / 2**64 for h in heads], dtype=np.float64)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c14
+# %% ../nbs/01_foundations/01_datasets.ipynb #c13
 def take_classes(split: Split,
                  classes: Sequence[int], # labels to keep
                 ) -> Split:
@@ -114,7 +116,7 @@ def holdout_classes(split: Split, # usually the training split
                     fraction: float, # of the classes to hold out, 0 < fraction < 1
                     seed: int = 0,
                    ) -> tuple[Split, Split]: # (the rest, the held-out classes)
-    "Cut validation classes out of a split: class-disjoint, fixed by (seed, class names), at least one class on each side."
+    "Cut validation classes out of a split: class-disjoint, fixed by (seed, class names), no side empty."
     k = int(split.num_classes * fraction + 1e-9)
     if not 0 < fraction < 1 or k < 1:
         raise ValueError(f"holding out {fraction!r} of {split.num_classes} classes leaves a side empty: "
@@ -132,7 +134,7 @@ def subset_classes(split: Split,
     order = np.arange(split.num_classes) if seed is None else np.argsort(die(split.class_names, seed), kind="stable")
     return take_classes(split, order[:max_classes])
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c17
+# %% ../nbs/01_foundations/01_datasets.ipynb #c16
 PACK_FORMAT = 1 # raise when packs written by older code must not be read
 
 class Source(NamedTuple):
@@ -163,7 +165,6 @@ def image_hash(image: np.ndarray) -> np.ndarray: # (32,) uint8
     "sha256 of the pixels of one image."
     return np.frombuffer(hashlib.sha256(np.ascontiguousarray(image)).digest(), dtype=np.uint8)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c18
 def write_pack(source: Source,
                folder: Path, # must exist; filled with images.npy, labels.npy, hashes.npy and, last, meta.json
                progress: bool = True,
@@ -171,13 +172,13 @@ def write_pack(source: Source,
     "Decode every image of a source once, in order, in threads, and write the files of a pack."
     n, hashes = len(source.labels), np.zeros((len(source.labels), 32), np.uint8)
     need, free = n * int(np.prod(source.shape)), shutil.disk_usage(folder).free
-    if need > free: raise OSError(f"the pack of {source.name} needs {need / 1e9:.1f} GB in {folder}, only {free / 1e9:.1f} are free")
+    if need > free: raise OSError(f"the pack needs {need / 1e9:.1f} GB in {folder.parent}, {free / 1e9:.1f} are free")
     header = dict(descr="|u1", fortran_order=False, shape=(n, *source.shape))
     with open(folder / "images.npy", "wb") as f, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         np.lib.format.write_array_header_1_0(f, header)
         try:
-            todo = tqdm(pool.map(source.read, range(n)), f"packing {source.name}", n, disable=not progress, unit=" images")
-            for i, image in enumerate(todo):
+            images = pool.map(source.read, range(n))
+            for i, image in enumerate(tqdm(images, f"packing {source.name}", n, disable=not progress, unit=" images")):
                 f.write(np.ascontiguousarray(image, np.uint8).reshape(source.shape).tobytes())
                 hashes[i] = image_hash(image)
         except BaseException: pool.shutdown(cancel_futures=True); raise
@@ -193,12 +194,12 @@ def file_facts(folder: Path) -> dict: # {file name: [bytes, sha256 or None]}
     small = lambda p: hashlib.sha256(p.read_bytes()).hexdigest() if p.name != "images.npy" else None
     return {p.name: [p.stat().st_size, small(p)] for p in (folder / f"{n}.npy" for n in ("images", "labels", "hashes"))}
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c20
+# %% ../nbs/01_foundations/01_datasets.ipynb #c18
 def open_pack(folder: Path) -> Pack:
     "Open a pack after the cheap checks; raises `BrokenPack`, which says what is wrong."
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        if meta.pop("sha256", None) != sha256_json(meta): raise BrokenPack(f"{folder}: meta.json was changed or is incomplete")
+        if meta.pop("sha256", None) != sha256_json(meta): raise BrokenPack(f"{folder}: meta.json was changed or cut")
         if meta["format"] != PACK_FORMAT: raise BrokenPack(f"{folder}: format {meta['format']}, expected {PACK_FORMAT}")
         facts = file_facts(folder)
         for n in facts:
@@ -206,8 +207,8 @@ def open_pack(folder: Path) -> Pack:
         images = np.asarray(np.load(folder / "images.npy", mmap_mode="r"))
         labels, hashes = np.load(folder / "labels.npy"), np.load(folder / "hashes.npy")
         if list(images.shape) != meta["shape"]: raise BrokenPack(f"{folder}: images have shape {images.shape}")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise BrokenPack(f"{folder}: {e!r}") from e
+    except BrokenPack: raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as e: raise BrokenPack(f"{folder}: {e!r}") from e
     pack = Pack(images, labels, hashes, meta["class_names"], folder)
     verify_pack(pack, np.linspace(0, len(images) - 1, 16).astype(int))
     return pack
@@ -220,7 +221,6 @@ def verify_pack(pack: Pack,
         if not np.array_equal(image_hash(pack.images[i]), pack.hashes[i]):
             raise BrokenPack(f"{pack.folder}: image {i} is not the one that was packed")
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c21
 def cache_folder(cache: str | Path | None = None) -> Path:
     "Where packs live: the argument, else the environment variable DML_CACHE, else ~/.cache/dml-companion."
     return Path(cache or os.environ.get("DML_CACHE") or "~/.cache/dml-companion").expanduser()
@@ -233,16 +233,18 @@ def ensure_pack(source: Source, cache: str | Path | None = None, progress: bool 
     if final.exists():
         try: return open_pack(final)
         except BrokenPack as e: warnings.warn(f"{e}; building it again", stacklevel=2)
+    for old in home.glob(".unfinished-*"): # left by a process that was killed, more than a day ago
+        if time.time() - old.stat().st_mtime > 86400: shutil.rmtree(old, ignore_errors=True)
     tmp = home / f".unfinished-{uuid.uuid4().hex}"
     try: tmp.mkdir(parents=True)
-    except OSError as e: raise OSError(f"cannot write packs to {home} ({e}): name another folder with cache= or DML_CACHE") from e
+    except OSError as e: raise OSError(f"cannot write to {home} ({e}): name a folder with cache= or DML_CACHE") from e
     try:
         write_pack(source, tmp, progress)
         return put_in_place(tmp, final)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 def put_in_place(tmp: Path, final: Path) -> Pack:
-    "Rename a finished pack to its name; a sound pack that another process put there meanwhile is kept, a broken one goes."
+    "Rename a finished pack to its name; a sound pack that another process put there is kept, a broken one goes."
     for _ in range(5):
         try: tmp.rename(final)
         except OSError:
@@ -256,7 +258,7 @@ def put_in_place(tmp: Path, final: Path) -> Pack:
         return open_pack(final)
     raise OSError(f"could not put the pack in place at {final}: another process keeps changing it")
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c24
+# %% ../nbs/01_foundations/01_datasets.ipynb #c21
 class Sides(NamedTuple):
     "What a loader returns: an open pack and which of its rows belong to which side."
     pack: Pack
@@ -272,7 +274,7 @@ def view(pack: Pack, rows: np.ndarray, # row numbers
     old, labels = np.unique(pack.labels[rows], return_inverse=True)
     return Split(Rows(pack.images, rows), labels, [pack.class_names[c] for c in old])
 
-def content_digest(splits: Sequence[tuple[np.ndarray, Split] | None], # (image hashes, split), None for a missing gallery
+def content_digest(splits: Sequence[tuple[np.ndarray, Split] | None], # (image hashes, split); None: no gallery
                   ) -> str: # sha256, hex
     "Digest of the contents of splits: image hashes, labels and class names, in order."
     h = hashlib.sha256()
@@ -283,7 +285,6 @@ def content_digest(splits: Sequence[tuple[np.ndarray, Split] | None], # (image h
         h.update(np.ascontiguousarray(hashes)); h.update(split.labels.astype("<i8"))
     return h.hexdigest()
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c25
 def limit(pack: Pack, rows: np.ndarray, max_classes: int | None) -> np.ndarray:
     "The rows of at most `max_classes` classes, drawn by the die."
     if max_classes is None: return rows
@@ -292,16 +293,18 @@ def limit(pack: Pack, rows: np.ndarray, max_classes: int | None) -> np.ndarray:
     keep = classes[np.argsort(die([pack.class_names[c] for c in classes]), kind="stable")[:max_classes]]
     return rows[np.isin(pack.labels[rows], keep)]
 
-def assemble(name: str, sides: Sides, max_train_classes: int | None = None, max_test_classes: int | None = None) -> Dataset:
+def assemble(name: str, sides: Sides, # of a loader
+             max_train_classes: int | None = None, max_test_classes: int | None = None) -> Dataset:
     "A `Dataset` of views into one pack, with its digest; the limits serve smoke tests."
     pack = sides.pack
     train, query = limit(pack, sides.train, max_train_classes), limit(pack, sides.query, max_test_classes)
     gallery = sides.gallery if sides.gallery is None else limit(pack, sides.gallery, max_test_classes)
     splits = [None if rows is None else view(pack, rows) for rows in (train, query, gallery)]
-    digest = content_digest([None if r is None else (pack.hashes[r], s) for r, s in zip((train, query, gallery), splits)])
+    hashes = [None if rows is None else pack.hashes[rows] for rows in (train, query, gallery)]
+    digest = content_digest([None if s is None else (h, s) for h, s in zip(hashes, splits)])
     return Dataset(name, *splits, digest=digest, flip=sides.flip, info=dict(sides.info))
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c27
+# %% ../nbs/01_foundations/01_datasets.ipynb #c23
 class Entry(NamedTuple):
     "A registered set."
     loader: Callable[..., Sides] # (root, size, cache, progress, **options) -> Sides
@@ -322,10 +325,11 @@ def known_datasets() -> dict[str, str]:
 def refuse(what: str, given: str, known: Iterable[str]) -> ValueError:
     "An error that names the wrong value, the nearest right one and all right ones."
     known = list(known)
+    shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
     near = difflib.get_close_matches(str(given), known, 1, 0)
-    return ValueError(f"unknown {what} {given!r}{f', did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(known) or 'none'}")
+    guess = f", did you mean {near[0]!r}?" if near else "."
+    return ValueError(f"unknown {what} {given!r}{guess} Known: {shown or 'none'}")
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c28
 COMMON = ("max_train_classes", "max_test_classes") # options of every set
 
 def load(name: str, # one of `known_datasets()`
@@ -354,7 +358,7 @@ def data_digest(name: str, root: str | Path | None = None, size: int | None = No
     "The digest of what `load` would give; quick when the pack exists (it reads hashes, not images)."
     return load(name, root, size, cache, progress=False, **options).digest
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c30
+# %% ../nbs/01_foundations/01_datasets.ipynb #c25
 FACES = [f"DejaVu{family}{style}.ttf"
          for family, slant in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
          for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")]
@@ -366,10 +370,11 @@ def glyph_points() -> tuple[Path, list[int], str]:
     from matplotlib.ft2font import FT2Font
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     maps = [set(FT2Font(str(folder / f)).get_charmap()) for f in FACES]
-    return folder, sorted(set.intersection(*maps)), hashlib.sha256(b"".join((folder / f).read_bytes() for f in FACES)).hexdigest()
+    digest = hashlib.sha256(b"".join((folder / f).read_bytes() for f in FACES)).hexdigest()
+    return folder, sorted(set.intersection(*maps)), digest
 
 def draw_glyph(font: ImageFont.FreeTypeFont, char: str, size: int) -> np.ndarray: # (1, size, size) uint8
-    "One character in white on black, its bounding box centred to the pixel."
+    "One character in white on black, its text box (ink and advance) centred to the pixel; what is wider is cut."
     left, top, right, bottom = font.getbbox(char)
     image = Image.new("L", (size, size))
     at = (size - (right - left)) // 2 - left, (size - (bottom - top)) // 2 - top
@@ -380,17 +385,19 @@ def glyph_name(point: int) -> str:
     "The class name of a code point, e.g. 'U+0416 CYRILLIC CAPITAL LETTER ZHE'."
     return f"U+{point:04X} {unicodedata.name(chr(point), '')}".strip()
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c33
+# %% ../nbs/01_foundations/01_datasets.ipynb #c28
 def glyph_source(size: int) -> Source:
     "Every common code point in every face; row = 12 * class + face."
     import PIL.features
     folder, points, fonts = glyph_points()
-    faces = [ImageFont.truetype(str(folder / f), round(size * .75), layout_engine=ImageFont.Layout.BASIC) for f in FACES]
+    basic = ImageFont.Layout.BASIC
+    faces = [ImageFont.truetype(str(folder / f), round(size * .75), layout_engine=basic) for f in FACES]
     drawn_by = f"pillow {Image.__version__}, freetype {PIL.features.version('freetype2')}"
-    return Source("glyphs", sha256_json([fonts, points, drawn_by]), (1, size, size), np.repeat(np.arange(len(points)), len(FACES)),
-                  [glyph_name(p) for p in points], lambda i: draw_glyph(faces[i % 12], chr(points[i // 12]), size))
+    return Source("glyphs", sha256_json([fonts, points, drawn_by]), (1, size, size),
+                  np.repeat(np.arange(len(points)), len(FACES)), [glyph_name(p) for p in points],
+                  lambda i: draw_glyph(faces[i % 12], chr(points[i // 12]), size))
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c38
+# %% ../nbs/01_foundations/01_datasets.ipynb #c33
 MIN_FACES = 8 # drawings a glyph class needs
 
 def clean_glyphs(hashes: np.ndarray, # (k, faces, 32) uint8, hash of each image
@@ -400,22 +407,22 @@ def clean_glyphs(hashes: np.ndarray, # (k, faces, 32) uint8, hash of each image
     "Which images survive the cleaning; `merge_twins=False` leaves rule 3 out."
     k, faces = blank.shape
     drawing = np.unique(hashes.reshape(k * faces, -1).view("V32").ravel(), return_inverse=True)[1].reshape(k, faces)
-    pairs, first = np.unique(drawing + np.arange(k)[:, None] * drawing.size, return_index=True) # one for each (class, drawing)
+    pairs, first = np.unique(drawing + np.arange(k)[:, None] * drawing.size, return_index=True) # (class, drawing)
     keep = np.zeros(k * faces, bool)
     keep[first] = True
     keep = keep.reshape(k, faces) & ~blank
     if merge_twins: keep &= (np.bincount(pairs % drawing.size, minlength=drawing.size) == 1)[drawing]
     return keep & (keep.sum(1, keepdims=True) >= MIN_FACES)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c43
+# %% ../nbs/01_foundations/01_datasets.ipynb #c36
 def base_letter(point: int) -> str:
     "A character without its accents and typographic variants: the first character of its Unicode decomposition (NFKD)."
     return (unicodedata.normalize("NFKD", chr(point)).strip() or chr(point))[0]
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c46
-@dataset("glyphs", "letterforms of the twelve DejaVu faces inside matplotlib; a class is a character; nothing to download", 32)
+# %% ../nbs/01_foundations/01_datasets.ipynb #c39
+@dataset("glyphs", "letterforms of the twelve DejaVu faces in matplotlib, a class is a character; no download", 32)
 def glyphs(root, size, cache, progress, # as in `load`; root is not used
-           merge_twins: bool = True, # False: training keeps drawings that several classes share (label noise, for study)
+           merge_twins: bool = True, # False: training keeps drawings that several classes share (label noise)
            split_seed: int = 0, # of the division of the classes into training and test
           ) -> Sides:
     "The embedded default: code points as classes, faces as images, cleaned; half of the base letters are unseen."
@@ -427,14 +434,16 @@ def glyphs(root, size, cache, progress, # as in `load`; root is not used
     training = die(map(base_letter, glyph_points()[1]), split_seed)[:, None] < .5
     clean = clean_glyphs(by_class(pack.hashes), blank)
     train = (clean if merge_twins else clean_glyphs(by_class(pack.hashes), blank, merge_twins=False)) & training
-    info = dict(source="DejaVu fonts as shipped with matplotlib", licence="Bitstream Vera licence; DejaVu changes are public domain",
-                faces=FACES, matplotlib=matplotlib.__version__, pillow=Image.__version__, freetype=PIL.features.version("freetype2"),
-                code_points=len(pack.class_names), classes=int(clean.any(1).sum()), classes_with_all_faces=int(clean.all(1).sum()),
+    info = dict(source="DejaVu fonts as shipped with matplotlib", faces=FACES,
+                licence="Bitstream Vera licence; the changes of DejaVu are public domain",
+                matplotlib=matplotlib.__version__, pillow=Image.__version__,
+                freetype=PIL.features.version("freetype2"), code_points=len(pack.class_names),
+                classes=int(clean.any(1).sum()), classes_with_all_faces=int(clean.all(1).sum()),
                 merge_twins=merge_twins, split_seed=split_seed, size=size,
-                notes="white on black; a drawing occurs once in the set; look-alikes remain, see notebook 01_datasets")
+                notes="white on black; a drawing occurs once; look-alikes remain, see notebook 01_datasets")
     return Sides(pack, np.flatnonzero(train), np.flatnonzero(clean & ~training), None, False, info)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c62
+# %% ../nbs/01_foundations/01_datasets.ipynb #c51
 class MissingData(FileNotFoundError):
     "The files of a set are not there; the message says where we looked, where to get them and how they must lie."
 
@@ -463,25 +472,32 @@ def unsafe_member(m: zipfile.ZipInfo) -> str | None: # what is wrong, or None
     if stat.S_IFMT(m.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR): return "a link or a special file"
     if m.flag_bits & 1: return "encryption"
     if m.file_size > MAX_MEMBER: return f"{m.file_size:,} bytes, more than {MAX_MEMBER:,}"
-    if m.file_size > 2**20 and m.file_size > MAX_RATIO * max(m.compress_size, 1): return f"a compression ratio above {MAX_RATIO}"
+    if m.file_size > max(2**20, MAX_RATIO * m.compress_size): return f"a compression ratio above {MAX_RATIO}"
 
 def zip_files(path: Path) -> Files:
     "The files of a zip archive, every member checked first; raises `BadArchive`."
     try: archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, EOFError) as e: raise BadArchive(f"{path} is not a sound zip archive ({e}): fetch it again") from e
+    except (zipfile.BadZipFile, EOFError, ValueError) as e:
+        raise BadArchive(f"{path} is no sound zip archive ({e}): fetch it again") from e
     members = archive.infolist()
     for m in members:
-        if why := unsafe_member(m): raise BadArchive(f"{path}: member {m.orig_filename!r} has {why}; refusing the whole archive")
-    members = sorted((m for m in members if not m.is_dir()), key=lambda m: m.filename)
-    names = [m.filename for m in members]
-    twice = [a for a, b in zip(names, names[1:]) if a == b]
-    if twice: raise BadArchive(f"{path}: member {twice[0]!r} occurs twice")
-    return Files(path, names, sha256_json([[m.filename, m.file_size, m.CRC] for m in members]), archive.read)
+        if (why := unsafe_member(m)):
+            raise BadArchive(f"{path}: member {m.orig_filename!r} has {why}; the whole archive is refused")
+    files: dict[str, zipfile.ZipInfo] = {}
+    for m in members:
+        name = m.filename.replace("\\", "/") # some archivers on Windows write backslashes
+        if name in files: raise BadArchive(f"{path}: member {name!r} occurs twice")
+        if not name.endswith("/"): files[name] = m
+    def read(name):
+        with archive.open(files[name]) as f: return f.read(MAX_MEMBER + 1) # bounded even if the header lies
+    facts = [[n, files[n].file_size, files[n].CRC] for n in sorted(files)]
+    return Files(path, sorted(files), sha256_json(facts), read)
 
 def folder_files(path: Path) -> Files:
-    "The files below a folder; links to folders are not followed (and named in a warning)."
+    "The files below a folder; links to folders are not followed (and named in a warning), unreadable folders raise."
     names, links = [], []
-    for at, folders, files in os.walk(path):
+    def stop(error): raise error
+    for at, folders, files in os.walk(path, onerror=stop):
         links += [os.path.join(at, d) for d in folders if os.path.islink(os.path.join(at, d))]
         names += [Path(at, f).relative_to(path).as_posix() for f in files]
     if links: warnings.warn(f"{path}: links to folders are not followed: {', '.join(sorted(links)[:5])}", stacklevel=3)
@@ -489,7 +505,7 @@ def folder_files(path: Path) -> Files:
     facts = [[n, (s := (path / n).stat()).st_size, s.st_mtime_ns] for n in names if (path / n).exists()]
     return Files(path, names, sha256_json([str(path.resolve()), facts]), lambda name: (path / name).read_bytes())
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c65
+# %% ../nbs/01_foundations/01_datasets.ipynb #c54
 def decode(data: bytes, # an image file
            size: int, # side of the result in pixels
            channels: int = 3, # 1: grey, 3: RGB
@@ -514,13 +530,13 @@ def read_image(files: Files, name: str, size: int, channels: int = 3) -> np.ndar
         raise BrokenImage(f"cannot read the image {name} in {files.where}: {e}. Replace or remove the file; "
                           f"images are never skipped silently") from e
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c68
+# %% ../nbs/01_foundations/01_datasets.ipynb #c57
 OMNIGLOT = {"images_background": 964, "images_evaluation": 659} # characters in the official halves
 OMNIGLOT_DRAWERS = 20
-OMNIGLOT_HELP = """get images_background.zip and images_evaluation.zip from https://github.com/brendenlake/omniglot (folder python)
-and put them, zipped or unpacked, into one folder:
-    DML_DATA/omniglot/images_background.zip   or   DML_DATA/omniglot/images_background/<alphabet>/<character>/<image>.png
-    DML_DATA/omniglot/images_evaluation.zip   or   DML_DATA/omniglot/images_evaluation/<alphabet>/<character>/<image>.png"""
+OMNIGLOT_HELP = """get images_background.zip and images_evaluation.zip from https://github.com/brendenlake/omniglot
+(folder python) and put them, zipped or unpacked, into one folder:
+    DML_DATA/omniglot/images_background.zip   or  .../images_background/<alphabet>/<character>/<image>.png
+    DML_DATA/omniglot/images_evaluation.zip   or  .../images_evaluation/<alphabet>/<character>/<image>.png"""
 
 def missing(name: str, root: Path | None, what: str, help: str) -> MissingData:
     "The error for data that are not there."
@@ -535,65 +551,67 @@ def omniglot_half(root: Path | None, half: str) -> Files:
         if (place / f"{half}.zip").is_file(): return zip_files(place / f"{half}.zip")
     raise missing("omniglot", root, f"{half}/ or {half}.zip", OMNIGLOT_HELP)
 
-def omniglot_classes(files: Files, half: str) -> dict[str, list[str]]: # {"alphabet/character": [file, ...]}, counts checked
+def omniglot_classes(files: Files, half: str) -> dict[str, list[str]]: # {"alphabet/character": [file, ...]}
     "The characters of a half; raises `ValueError` when they are not the official ones in number."
     found: dict[str, list[str]] = {}
     for n in files.names:
         if n.lower().endswith(".png") and not hidden(n): found.setdefault("/".join(n.split("/")[-3:-1]), []).append(n)
     odd = [f"{c} has {len(v)} images" for c, v in found.items() if len(v) != OMNIGLOT_DRAWERS]
     if len(found) != OMNIGLOT[half] or odd:
-        raise ValueError(f"{files.where} holds {len(found)} characters, expected {OMNIGLOT[half]} with {OMNIGLOT_DRAWERS} images each"
-                         + (f"; {odd[0]} (and {len(odd) - 1} more like it)" if odd else "") + ": fetch it again")
+        why = f"; {odd[0]} ({len(odd)} such characters)" if odd else ""
+        raise ValueError(f"{files.where} holds {len(found)} characters, expected {OMNIGLOT[half]} "
+                         f"with {OMNIGLOT_DRAWERS} images each{why}: fetch it again")
     return found
 
 def hidden(name: str) -> bool:
     "Files a system puts beside images: anything whose path has a part that starts with a dot, and macOS's __MACOSX."
     return any(p.startswith(".") or p == "__MACOSX" for p in name.split("/"))
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c69
-@dataset("omniglot", "handwritten characters, 964 to train on and 659 unseen, 20 drawings each; official zips or folders", 32)
+@dataset("omniglot", "handwritten characters, 964 to train on, 659 unseen, 20 drawings each; zips or folders", 32)
 def omniglot(root, size, cache, progress, # as in `load`
-             rotations: bool = False, # add each training character turned by 90, 180 and 270 degrees as three more classes
+             rotations: bool = False, # add training characters turned by 90, 180 and 270 degrees as further classes
             ) -> Sides:
-    "Omniglot (Lake, Salakhutdinov and Tenenbaum, Science 2015): background characters train, evaluation characters are unseen."
+    "Omniglot (Lake, Salakhutdinov and Tenenbaum, Science 2015): background trains, evaluation is unseen."
     halves = {half: omniglot_half(root, half) for half in OMNIGLOT}
     names, labels, todo = [], [], []
     for half, files in halves.items():
+        classes = omniglot_classes(files, half)
         for turn in range(4 if rotations and half == "images_background" else 1):
-            for c, group in omniglot_classes(files, half).items():
-                labels += [len(names)] * len(group); todo += [(files, n, turn) for n in group]
+            for c, group in classes.items():
+                labels += [len(names)] * len(group)
+                todo += [(half, n, turn) for n in group]
                 names.append(f"{c}/turned {90 * turn}" if turn else c)
-    def read(i):
-        files, n, turn = todo[i]
-        return np.rot90(255 - read_image(files, n, size, channels=1), turn, axes=(1, 2)) # paper is white: ink becomes bright
+    @lru_cache(maxsize=None if rotations else 0)
+    def ink(half, name): return 255 - read_image(halves[half], name, size, channels=1) # the paper was white
+    def read(i): return np.rot90(ink(*todo[i][:2]), todo[i][2], axes=(1, 2))
     fingerprint = sha256_json([bool(rotations), *(f.fingerprint for f in halves.values())])
     pack = ensure_pack(Source("omniglot", fingerprint, (1, size, size), labels, names, read), cache, progress)
-    unseen = np.array([f is halves["images_evaluation"] for f, _, _ in todo])
+    unseen = np.array([half == "images_evaluation" for half, _, _ in todo])
+    turned = "training has turned copies as classes" if rotations else "no turned copies"
     info = dict(source="https://github.com/brendenlake/omniglot", licence="MIT", rotations=bool(rotations), size=size,
-                notes="ink bright on black; official split; " + ("training has turned copies as classes" if rotations else "no turned copies"))
+                notes=f"ink bright on black; official split; {turned}")
     return Sides(pack, np.flatnonzero(~unseen), np.flatnonzero(unseen), None, False, info)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c74
+# %% ../nbs/01_foundations/01_datasets.ipynb #c62
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 FOLDER_HELP = """make a folder with one sub-folder of images for each class, or a zip archive of it:
     ROOT/<class name>/<any name>.jpg   (also png, webp, bmp, gif, tif; at least two images a class)"""
 
-def image_classes(files: Files) -> tuple[dict[str, list[str]], dict[str, int]]: # ({class: [file, ...]}, what was left out)
+def image_classes(files: Files) -> tuple[dict[str, list[str]], dict[str, int]]: # {class: [file, ...]}, what was ignored
     "Images by class, classes in sorted order; a single folder around all classes (a zipped folder) is looked through."
     left_out = Counter()
     def usable(name):
-        kind = "hidden files" if hidden(name) else "files that are no images" if not name.lower().endswith(IMAGE_ENDINGS) else None
-        if kind: left_out[kind] += 1
-        return kind is None
+        if hidden(name): left_out["hidden files"] += 1
+        elif not name.lower().endswith(IMAGE_ENDINGS): left_out["files that are no images"] += 1
+        else: return True
     paths = [(n, n.split("/")) for n in files.names if usable(n)]
-    if paths and len({p[0] for _, p in paths}) == 1 and min(len(p) for _, p in paths) > 2: paths = [(n, p[1:]) for n, p in paths]
+    if len({p[0] for _, p in paths}) == 1 and min(len(p) for _, p in paths) > 2: paths = [(n, p[1:]) for n, p in paths]
     found: dict[str, list[str]] = {}
     for n, parts in paths:
         if len(parts) < 2: left_out["images outside a class folder"] += 1
         else: found.setdefault(unicodedata.normalize("NFC", parts[0]), []).append(n)
     return dict(sorted(found.items())), dict(left_out)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c76
 def read_class_list(path: Path) -> list[str]:
     "Class names from a file: .json (a list), .csv (column `class`, or the first one), anything else one name a line."
     text = path.read_text("utf-8-sig")
@@ -616,7 +634,7 @@ def unseen_classes(names: Sequence[str], # sorted class names
     "Which classes are held out for testing."
     if order not in ("random", "sorted"): raise refuse("order", order, ("random", "sorted"))
     if isinstance(split, (str, Path)): chosen = read_class_list(Path(split).expanduser())
-    elif isinstance(split, (int, float)) and not isinstance(split, bool):
+    elif isinstance(split, Real):
         if not 0 < split < 1: raise ValueError(f"split={split!r}: a fraction of unseen classes lies between 0 and 1")
         ranked = list(names) if order == "sorted" else [names[i] for i in np.argsort(die(names, seed), kind="stable")]
         chosen = ranked[len(names) - int(len(names) * split + 1e-9):]
@@ -625,13 +643,13 @@ def unseen_classes(names: Sequence[str], # sorted class names
     for n in chosen:
         if n not in set(names): raise refuse("class in split", n, names)
     if not 0 < len(chosen) < len(names):
-        raise ValueError(f"split={split!r} makes {len(chosen)} of {len(names)} classes unseen; both sides need at least one")
+        raise ValueError(f"split={split!r} makes {len(chosen)} of {len(names)} classes unseen: leave one for each side")
     return chosen
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c78
+# %% ../nbs/01_foundations/01_datasets.ipynb #c64
 @dataset("folder", "your own images: a folder (or zip) with one sub-folder for each class", 128)
 def ImageFolderSplit(root, size, cache, progress, # as in `load`; root is the folder or the zip
-                     split: float | Sequence[str] | str | Path = .5, # unseen classes: fraction, list of names, or file of names
+                     split: float | Sequence[str] | str | Path = .5, # unseen classes: fraction, names, or file of names
                      order: str = "random", # of a fraction: "random" or "sorted" (the last ones by name)
                      seed: int = 0, # of order="random"
                      channels: int = 3, # 1: grey, 3: colour
@@ -642,9 +660,11 @@ def ImageFolderSplit(root, size, cache, progress, # as in `load`; root is the fo
     if root is None or not root.exists(): raise missing("folder", root, "your images", FOLDER_HELP)
     files = folder_files(root) if root.is_dir() else zip_files(root)
     classes, left_out = image_classes(files)
-    if len(classes) < 2: raise MissingData(f"{root.resolve()} holds {len(classes)} classes of images, at least 2 are needed; {FOLDER_HELP}")
+    if len(classes) < 2:
+        raise MissingData(f"{root.resolve()} holds {len(classes)} classes of images, 2 are needed: {FOLDER_HELP}")
     lonely = [c for c, group in classes.items() if len(group) == 1]
-    if lonely: warnings.warn(f"{len(lonely)} classes have one image, which has no partner to be found by: {', '.join(lonely[:10])}")
+    if lonely:
+        warnings.warn(f"{len(lonely)} classes have one image, without a partner: {', '.join(lonely[:10])}", stacklevel=3)
     unseen = set(unseen_classes(list(classes), split, order, seed))
     todo = [n for group in classes.values() for n in group]
     labels = np.repeat(np.arange(len(classes)), [len(g) for g in classes.values()])
@@ -652,15 +672,16 @@ def ImageFolderSplit(root, size, cache, progress, # as in `load`; root is the fo
                     lambda i: read_image(files, todo[i], size, channels))
     pack = ensure_pack(source, cache, progress)
     test = np.isin(labels, [i for i, c in enumerate(classes) if c in unseen])
-    info = dict(source=root.name, classes=len(classes), images=len(todo), unseen=len(unseen), left_out=left_out, lonely=lonely, size=size,
-                order=order, seed=seed, notes="upright, transparency on white, short side scaled to size, centre crop")
+    info = dict(source=root.name, classes=len(classes), images=len(todo), unseen=len(unseen), left_out=left_out,
+                lonely=lonely, size=size, order=order, seed=seed,
+                notes="upright, transparency on white, short side scaled to size, centre crop")
     return Sides(pack, np.flatnonzero(~test), np.flatnonzero(test), None, bool(flip), info)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c82
+# %% ../nbs/01_foundations/01_datasets.ipynb #c68
 GROCERY_CLASSES = 81
-GROCERY_HELP = """take the images of the Grocery Store data set (https://github.com/marcusklasson/GroceryStoreDataset), scaled to 128 px,
-with one folder for each of the 81 fine classes, named by number and class (00.Golden-Delicious, 01.Granny-Smith, ...):
-    DML_DATA/grocery/grocery_128.zip   with members   <number>.<class>/<image>.jpg"""
+GROCERY_HELP = """take the images of the Grocery Store data set (https://github.com/marcusklasson/GroceryStoreDataset),
+scaled to 128 px, with one folder for each of the 81 fine classes, named by number and class:
+    DML_DATA/grocery/grocery_128.zip   with members   00.Golden-Delicious/<image>.jpg, 01.Granny-Smith/..., ..."""
 
 @dataset("grocery", "photographs of 81 grocery products, 41 to train on and 40 unseen", 128)
 def grocery(root, size, cache, progress) -> Sides: # as in `load`
@@ -669,5 +690,6 @@ def grocery(root, size, cache, progress) -> Sides: # as in `load`
     path = next((p for p in places if p.is_file()), None)
     if path is None: raise missing("grocery", root, "grocery_128.zip", GROCERY_HELP)
     sides = ImageFolderSplit(path, size, cache, progress, split=.5, order="sorted")
-    if (n := sides.info["classes"]) != GROCERY_CLASSES: raise ValueError(f"{path} holds {n} classes, expected {GROCERY_CLASSES}")
-    return sides._replace(info=sides.info | dict(source="https://github.com/marcusklasson/GroceryStoreDataset", licence="MIT"))
+    n, source = sides.info["classes"], "https://github.com/marcusklasson/GroceryStoreDataset"
+    if n != GROCERY_CLASSES: raise ValueError(f"{path} holds {n} classes, expected {GROCERY_CLASSES}")
+    return sides._replace(info=sides.info | dict(source=source, licence="MIT"))
