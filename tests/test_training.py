@@ -333,7 +333,7 @@ def test_the_parameters_cell_of_30_train_is_the_recipe():
     import ast
     cells = json.loads((ROOT / "nbs/04_experiments/30_train.ipynb").read_text(encoding="utf-8"))["cells"]
     (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    values = {a.targets[0].id: ast.literal_eval(a.value) for a in ast.parse("".join(cell["source"])).body}
+    values = {(a.target if isinstance(a, ast.AnnAssign) else a.targets[0]).id: ast.literal_eval(a.value) for a in ast.parse("".join(cell["source"])).body}
     assert set(values) - set(Recipe.model_fields) == {"row", "seed", "data", "device", "folder", "evaluate_on"}
     assert set(Recipe.model_fields) <= set(values)
     recipe = Recipe(**{k: values[k] for k in Recipe.model_fields})

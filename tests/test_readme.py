@@ -1,0 +1,91 @@
+"README: every code block is run, every number is the committed table's, every link leads somewhere."
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+ENV = {**os.environ, "OMP_NUM_THREADS": "2", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_length_and_languages():
+    assert 80 <= len(README.splitlines()) <= 150
+    assert {language for language, _ in BLOCKS} == {"bash", "python"}
+
+
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"], ids=lambda c: c.splitlines()[-1][:30])
+def test_python_blocks_run(code, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs", "two words", "žluťoučký"):
+        (tmp_path / "my_photos" / name).mkdir(parents=True)
+        for i in range(4): Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "my_photos" / name / f"{i}.png")
+    if "efficientnet" in code: pytest.importorskip("timm")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "1:" in done.stdout or "recall@1" in done.stdout
+
+
+def shell_lines():
+    return [line.split("#")[0].strip() for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line.strip()]
+
+
+def test_make_lines_name_real_targets():
+    "The long commands are asked what they would do; the engine's tests run the smoke profile for real."
+    lines = [line for line in shell_lines() if "make" in line.split()]
+    assert len(lines) >= 5
+    for line in lines:
+        line = re.sub(r"^DML_DATA=\S+ ", "", line)
+        done = subprocess.run(line.replace("make", "make -n", 1), shell=True, cwd=ROOT, env=ENV, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr)
+        profile = re.search(r"PROFILE=(\w+)", line)
+        if profile: assert (ROOT / f"workflow/profiles/{profile[1]}.yaml").is_file()
+
+
+def test_the_papermill_line_runs_without_the_engine(tmp_path):
+    "As printed, on fewer classes so that it takes seconds."
+    (line,) = [line for line in shell_lines() if line.startswith("papermill")]
+    words = line.split()
+    words[0:1] = [sys.executable, "-m", "papermill"]
+    words[words.index("out.ipynb")] = str(tmp_path / "out.ipynb")
+    words += ["-p", "folder", str(tmp_path / "run"), "-y", "data_options: {max_train_classes: 40, max_test_classes: 20}"]
+    done = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    from dml_companion.reproduction import load_record
+    record = load_record(tmp_path / "run")
+    assert record.recipe["objective"] == "snca" and record.recipe["epochs"] == 2 and 0 < record.metrics["cosine/recall@1"] <= 1
+
+
+def test_git_clone_line_is_the_project_s_address():
+    import configparser
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    (line,) = [line for line in shell_lines() if line.startswith("git clone")]
+    assert settings["DEFAULT"]["git_url"] in line
+    assert len(shell_lines()) == 3 + 5, "a new shell line wants a test here"
+
+
+def test_table_is_the_committed_one():
+    path, shown = re.search(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", README, re.S).groups()
+    assert shown.strip() == (ROOT / path).read_text(encoding="utf-8").strip()
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert len(links) > 15
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing, missing
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_makefile_sets_up_before_each_target():
+    for target in ("reproduce", "test", "lab", "bench", "status"):
+        done = subprocess.run(["make", "-n", target, "VENV=does-not-exist"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "venv does-not-exist" in done.stdout, target
