@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'BYSTANDERS', 'TRAIN_NOTEBOOK', 'EXEMPT', 'LIBRARIES', 'STYLE', 'project_root', 'canonical', 'digest',
-           'file_digest', 'write_atomic', 'without_nan', 'write_json_atomic', 'shape', 'package_folder', 'bound_names',
-           'imported_names', 'Source', 'parse_source', 'find_source', 'dotted', 'resolve', 'uses', 'reachable',
-           'code_digest', 'code_cells', 'cell_code', 'is_bystander', 'notebook_digest', 'Run', 'train_digest', 'run_id',
-           'identify', 'now', 'git_state', 'processor', 'versions', 'provenance', 'Record', 'write_record',
-           'nearest_name', 'complaint', 'known_fields', 'load_record', 'load_records', 'mean_interval', 'result_table',
-           'metric_of', 'table_markdown', 'style_of', 'use_house_style', 'announce', 'output_folder', 'save_figure',
-           'save_table', 'plain_markdown']
+           'file_digest', 'write_atomic', 'read_json', 'relative', 'without_nan', 'write_json_atomic', 'shape',
+           'package_folder', 'bound_names', 'imported_names', 'Source', 'parse_source', 'find_source', 'dotted',
+           'resolve', 'uses', 'reachable', 'code_digest', 'code_cells', 'cell_code', 'is_bystander', 'notebook_roots',
+           'notebook_digest', 'results_digest', 'Run', 'train_digest', 'run_id', 'identify', 'now', 'git_state',
+           'processor', 'versions', 'provenance', 'Record', 'write_record', 'nearest_name', 'complaint',
+           'one_complaint', 'known_fields', 'load_record', 'load_records', 'mean_interval', 'result_table', 'metric_of',
+           'table_markdown', 'style_of', 'use_house_style', 'announce', 'output_folder', 'save_figure', 'save_table',
+           'csv_text', 'plain_markdown']
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c02
 import ast, hashlib, importlib.util, json, math, os, platform, subprocess, sys
@@ -69,6 +70,19 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+def read_json(path: str | Path) -> Any: # None where the file is missing or no JSON
+    "Read JSON, forgiving."
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError): return None
+
+
+def relative(path: str | Path, root: str | Path) -> str:
+    "A path as seen from the root where it lies inside, else the absolute path."
+    path = Path(path).expanduser().resolve()
+    try: return path.relative_to(Path(root).resolve()).as_posix()
+    except ValueError: return str(path)
+
+
 def without_nan(value: Any) -> Any:
     "A copy in which NaN and infinities are None, because JSON has no word for them."
     if isinstance(value, dict): return {k: without_nan(v) for k, v in value.items()}
@@ -89,7 +103,8 @@ def shape(node: Any) -> str:
     first = (fields.get("body") or [None])[0] if isinstance(fields.get("body"), list) else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         fields["body"] = fields["body"][1:]
-    return type(node).__name__ + "(" + ",".join(f"{k}={shape(v)}" for k, v in fields.items() if v not in (None, [])) + ")"
+    inner = ",".join(f"{k}={shape(v)}" for k, v in fields.items() if v not in (None, []))
+    return f"{type(node).__name__}({inner})"
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c17
 PACKAGE = "dml_companion"
@@ -196,18 +211,19 @@ def uses(nodes: list[ast.AST], source: Source, folder: Path) -> set[tuple[str, s
     return found
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c23
-BYSTANDERS = tuple(f"{PACKAGE}.{m}" for m in ("reproduction", "engine", "cli"))
+BYSTANDERS = tuple(f"{PACKAGE}.{m}" for m in ("reproduction", "profiles", "engine", "cli"))
 
 
 def reachable(roots: Iterable[tuple[str, str]], # (module, name), name "" for a whole module
-              folder: Path,
+              folder: Path, # the package's folder
+              skip: Iterable[str] = (), # modules not to follow
              ) -> dict[tuple[str, str], list[ast.stmt]]: # every definition reached, with its statements
     "All definitions of the package that the roots use, directly or not."
     todo, seen = list(roots), {}
     while todo:
         module, name = key = todo.pop()
         source = find_source(module, folder)
-        if key in seen or source is None or module in BYSTANDERS: continue
+        if key in seen or source is None or module in skip: continue
         if name and name not in source.names:                        # re-exported from elsewhere, or a dunder
             target = resolve(source.imports[name], folder) if name in source.imports else None
             todo += [target] if target else []
@@ -220,6 +236,7 @@ def reachable(roots: Iterable[tuple[str, str]], # (module, name), name "" for a 
 
 def code_digest(*roots: str, # "dml_companion.training:fit"
                 folder: Path | None = None, # the package's folder; default: the project's
+                skip: Iterable[str] = (), # modules not to follow
                ) -> str: # 64 hex digits
     "Digest of every definition that `roots` reach in the package; comments and docstrings do not count."
     folder, start = folder or package_folder(), []
@@ -229,7 +246,7 @@ def code_digest(*roots: str, # "dml_companion.training:fit"
         if source is None or (name and name not in source.names and name not in source.imports):
             raise ValueError(f"code_digest: {root!r} is not in the package at {folder}; write 'module:name'")
         start += [(module, n) for n in ([name] if name else source.names)]
-    found = reachable(start, folder)
+    found = reachable(start, folder, skip)
     return digest("\n".join(f"{m}:{n} {shape(found[m, n])}" for m, n in sorted(found)))
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c28
@@ -241,7 +258,7 @@ def code_cells(notebook: str | Path) -> list[dict]:
     "The code cells of a notebook file, as dictionaries with `source` joined and `tags`."
     try: cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     except FileNotFoundError: raise ValueError(f"there is no notebook {notebook}") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f"{notebook} is not a notebook: {e!r}") from None
+    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{notebook} is not a notebook: {e!r}") from None
     return [dict(source="".join(c["source"]), tags=c.get("metadata", {}).get("tags", []))
             for c in cells if c["cell_type"] == "code"]
 
@@ -257,21 +274,35 @@ def is_bystander(cell: dict) -> bool:
     return "parameters" in cell["tags"] or any(f in flags for f in ("#|echo:false", "#|hide", "#|default_exp"))
 
 
+def notebook_roots(notebook: str | Path, cells: list[dict], folder: Path) -> set[tuple[str, str]]:
+    "The definitions of the package that these cells of a notebook use, wherever in it they are imported."
+    whole = parse_source("\n".join(cell_code(c["source"]) for c in code_cells(notebook)), "notebook")
+    text = ast.parse("\n".join(cell_code(c["source"]) for c in cells))
+    return {(module, name) for module, name in uses([text], whole, folder) if name and module != "notebook"}
+
+
 def notebook_digest(notebook: str | Path, # the file
-                    results_only: bool = False, # True: leave out cells that only plot, and the exempt definitions
                     folder: Path | None = None, # the package's folder
-                    also: Iterable[str] = (), # further roots, "module:name"
                    ) -> str:
-    "Digest of a notebook's code and of all it uses from the package."
+    "Digest of all code cells of a notebook, of what they use from the package, and of the house style."
+    folder, cells = folder or package_folder(), code_cells(notebook)
+    roots = sorted(f"{m}:{n}" for m, n in notebook_roots(notebook, cells, folder))
+    style = folder / "house.mplstyle"
+    looks = file_digest(style) if style.exists() else ""
+    return digest([[c["source"] for c in cells], code_digest(*roots, folder=folder), looks])
+
+
+def results_digest(notebook: str | Path, # the file
+                   folder: Path | None = None, # the package's folder
+                   also: Iterable[str] = (), # further roots, "module:name"
+                  ) -> str:
+    "Digest of the cells that decide a training notebook's results, and of what those use from the package."
     folder = folder or package_folder()
-    cells = [c for c in code_cells(notebook) if not (results_only and is_bystander(c))]
-    text = "\n".join(cell_code(c["source"]) for c in cells)
-    source = parse_source("\n".join(cell_code(c["source"]) for c in code_cells(notebook)), "notebook")
-    roots = uses([ast.parse(text)], source, folder) - {("notebook", n) for n in source.names}
-    roots = {(m, n) for m, n in roots if n} - (EXEMPT if results_only else set())
-    code = code_digest(*(f"{m}:{n}" for m, n in sorted(roots) if m not in BYSTANDERS), *also, folder=folder)
-    body = [s for s in ast.parse(text).body if not isinstance(s, (ast.Import, ast.ImportFrom))]
-    return digest([shape(body) if results_only else [c["source"] for c in cells], code])
+    cells = [c for c in code_cells(notebook) if not is_bystander(c)]
+    roots = {(m, n) for m, n in notebook_roots(notebook, cells, folder) - EXEMPT if m not in BYSTANDERS}
+    code = code_digest(*sorted(f"{m}:{n}" for m, n in roots), *also, folder=folder, skip=BYSTANDERS)
+    body = ast.parse("\n".join(cell_code(c["source"]) for c in cells)).body
+    return digest([shape([s for s in body if not isinstance(s, (ast.Import, ast.ImportFrom))]), code])
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c30
 class Run(NamedTuple):
@@ -288,9 +319,10 @@ def train_digest(recipe: dict, # holds at least `objective`
     if (name := recipe.get("objective") or "none") != "none":
         from dml_companion.objective import locate
         known = locate()
-        if name not in known: raise ValueError(f"unknown objective {name!r}{nearest_name(name, known)} Known: {', '.join(known)}")
+        if name not in known:
+            raise ValueError(f"unknown objective {name!r}{nearest_name(name, known)} Known: {', '.join(known)}")
         also = [known[name]]
-    return notebook_digest(root / notebook, results_only=True, folder=package_folder(root), also=also)
+    return results_digest(root / notebook, package_folder(root), also)
 
 
 def run_id(recipe: dict, seed: int, data: str, code: str) -> str:
@@ -323,7 +355,8 @@ def now() -> str:
 def git_state(root: Path | None = None) -> dict: # {"commit": hex or None, "dirty": bool or None}
     "Commit of the project, and whether code, notebooks or workflow differ from it."
     def git(*words):
-        try: done = subprocess.run(["git", *words], cwd=root or project_root(), capture_output=True, text=True, timeout=20)
+        where = root or project_root()
+        try: done = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired): return None
         return done.stdout.strip() if done.returncode == 0 else None
     commit = git("rev-parse", "HEAD")
@@ -357,7 +390,8 @@ def provenance(start: str | None = None, # `now()` from the beginning of the run
     root, torch = root or project_root(), sys.modules.get("torch")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
-    return {**git_state(root), "notebook": notebook, "notebook_digest": file_digest(root / notebook) if notebook else "",
+    return {**git_state(root), "notebook": notebook,
+            "notebook_digest": file_digest(root / notebook) if notebook else "",
             "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
             "versions": versions(), "cpu": processor(), "cores": cores, "gpus": gpus, "device": str(device),
             "threads": torch.get_num_threads() if torch else None, "start": start or now(), "end": now()}
@@ -407,15 +441,18 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 def complaint(error: ValidationError, model: type[BaseModel]) -> str:
     "A validation error in one line: each field, what is wrong, and the nearest known key."
-    lines = []
-    for e in error.errors():
-        where, (*outer, last) = ".".join(map(str, e["loc"])), e["loc"] or ("",)
-        if e["type"] == "missing": lines.append(f"{where!r} is missing"); continue
-        given = "" if isinstance(e["input"], dict) else f", got {str(e['input'])[:80]!r}"
-        if e["type"] != "extra_forbidden": lines.append((f"{where}: " if where else "") + e["msg"].removeprefix("Value error, ") + given); continue
+    return "; ".join(one_complaint(e, model) for e in error.errors())
+
+
+def one_complaint(e: dict, model: type[BaseModel]) -> str: # e: from ValidationError.errors()
+    "One field's trouble."
+    where, (*outer, last) = ".".join(map(str, e["loc"])), e["loc"] or ("",)
+    if e["type"] == "missing": return f"{where!r} is missing"
+    if e["type"] == "extra_forbidden":
         known = known_fields(model, outer)
-        lines.append(f"unknown key {where!r}{nearest_name(str(last), known)} Known: {', '.join(known)}.")
-    return "; ".join(lines)
+        return f"unknown key {where!r}{nearest_name(str(last), known)} Known: {', '.join(known)}."
+    given = "" if isinstance(e["input"], dict) else f", got {str(e['input'])[:80]!r}"
+    return (f"{where}: " if where else "") + e["msg"].removeprefix("Value error, ") + given
 
 
 def known_fields(model: type[BaseModel], path: Iterable) -> list[str]:
@@ -433,10 +470,11 @@ def load_record(path: str | Path) -> Record: # path of a record.json, or of the 
     path = Path(path) if Path(path).is_absolute() else project_root() / path
     path = path / "record.json" if path.is_dir() else path
     try: return Record(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError: raise ValueError(f"there is no run record {path}; `dml-companion status` lists the runs") from None
+    except FileNotFoundError:
+        raise ValueError(f"there is no run record {path}; `dml-companion status` lists the runs") from None
     except json.JSONDecodeError as e: raise ValueError(f"{path} is not JSON ({e}); delete it and run again") from None
-    except (ValidationError, TypeError) as e:
-        raise ValueError(f"{path} is no run record: {complaint(e, Record) if isinstance(e, ValidationError) else e}") from None
+    except TypeError: raise ValueError(f"{path} is no run record: it must hold a JSON object") from None
+    except ValidationError as e: raise ValueError(f"{path} is no run record: {complaint(e, Record)}") from None
 
 
 def load_records(paths: str | Path | Iterable[str | Path], # a folder to search, or the records' paths
@@ -463,8 +501,8 @@ def mean_interval(values: Iterable[float], # one number per seed
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c46
 def result_table(records: Iterable[Record],
-                 columns: dict[str, str], # heading -> metric, e.g. {"R@1": "cosine/recall@1"}; "timings/fit" reads timings
-                 rows: dict[str, str] | None = None, # row -> label, in the table's order; default: the rows that were run
+                 columns: dict[str, str], # heading -> metric, e.g. {"R@1": "cosine/recall@1"}
+                 rows: dict[str, str] | None = None, # row -> label, in the table's order; default: rows that were run
                  level: float = .95,
                 ) -> "pd.DataFrame": # one line per row; NaN where not run
     "Mean and interval over seeds per row, with the runs behind them."
@@ -555,7 +593,7 @@ def save_figure(fig: "Figure", # matplotlib's
             buffer = io.BytesIO()
             fig.savefig(buffer, format=kind, metadata=info, dpi=140, bbox_inches="tight")
             written.append(write_atomic(folder / f"{name}.{kind}", buffer.getvalue()))
-    if data is not None: written.append(write_atomic(folder / f"{name}.csv", data.to_csv(index=False, lineterminator="\n")))
+    if data is not None: written.append(write_atomic(folder / f"{name}.csv", csv_text(data)))
     announce(*written)
     return written
 
@@ -567,14 +605,20 @@ def save_table(table: "pd.DataFrame", name: str, folder: str | Path, digits: int
     folder = output_folder(folder)
     pretty = any(f"{c} ±" in table.columns for c in table.columns)
     text = table_markdown(table, digits, note) if pretty else plain_markdown(table, digits, note)
-    written = [write_atomic(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n")),
+    written = [write_atomic(folder / f"{name}.csv", csv_text(table)),
                write_atomic(folder / f"{name}.md", text)]
     announce(*written)
     return written
 
 
+def csv_text(table: "pd.DataFrame") -> str:
+    "A table as CSV, equal on every system."
+    return table.to_csv(index=False, lineterminator="\n")
+
+
 def plain_markdown(table: "pd.DataFrame", digits: int = 3, note: str = "") -> str:
     "Any table as Markdown."
     show = lambda v: f"{v:.{digits}f}" if isinstance(v, float) else str(v)
-    lines = [list(table.columns), ["---"] * len(table.columns), *([show(v) for v in line] for line in table.values.tolist())]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n" + (f"\n{note}\n" if note else "")
+    lines = [list(table.columns), ["---"] * len(table.columns), *[map(show, line) for line in table.values.tolist()]]
+    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return text + (f"\n{note}\n" if note else "")
