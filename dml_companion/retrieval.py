@@ -66,39 +66,79 @@ def top_keys(scores: Tensor, # (r, m) float32, contiguous rows, no NaN
     columns = kept[row, place // size] * size + place % size + first
     return _align(row, sort_keys(entries[row, place], columns), r).topk(k).values
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c21
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c24
+class _Groups(NamedTuple):
+    "Equal rows of a gallery: group i has the rows members[starts[i] : starts[i] + counts[i]], ascending; groups by first member."
+    members: Tensor # (m,) int64
+    starts: Tensor # (u,) int64
+    counts: Tensor # (u,) int64
+
+def _row_hash(x: Tensor) -> Tensor: # (n,) int64
+    "A hash of the bits of each float32 row, with 0. and -0. alike."
+    odd = torch.randint(-2**62, 2**62, (x.shape[1],), generator=torch.Generator().manual_seed(0)).to(x.device) * 2 + 1
+    return torch.cat([((x[rows] + 0.).view(torch.int32) * odd).sum(1) for rows in chunks(len(x), 1024)])
+
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c25
+def _groups(gallery: Tensor) -> _Groups | None: # None: all rows differ
+    "Find the equal rows of a gallery, (m, d) float32."
+    values, group = _row_hash(gallery).unique(return_inverse=True)
+    if len(values) == len(gallery): return None
+    def arrange(group):
+        members, counts = group.argsort(stable=True), torch.bincount(group)
+        return _Groups(members, counts.cumsum(0) - counts, counts)
+    first = lambda g: g.members[g.starts]
+    by_hash = arrange(group)
+    if not (gallery == gallery[first(by_hash)[group]]).all():                # two rows share a hash: compare in full
+        group = gallery.unique(dim=0, return_inverse=True)[1]
+        by_hash = arrange(group)
+    return arrange(first(by_hash).argsort().argsort()[group])
+
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c26
+def _expand(keys: Tensor, groups: _Groups, rows: Tensor, k: int, own: bool) -> Tensor: # (r, k) keys of gallery rows
+    "Replace groups by their members, and leave each query, numbered in `rows`, out of its own list."
+    scores, found = (x.flatten() for x in read_keys(keys))
+    counts = groups.counts[found].clamp_max(k + own)
+    entry = torch.arange(len(found), device=keys.device).repeat_interleave(counts)
+    place = torch.arange(len(entry), device=keys.device) - (counts.cumsum(0) - counts)[entry]
+    columns, row = groups.members[groups.starts[found][entry] + place], entry // keys.shape[1]
+    keep = columns != rows[row] if own else slice(None)
+    return _align(row[keep], sort_keys(scores[entry], columns)[keep], len(keys)).topk(k).values
+
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c29
 class _Space(NamedTuple):
     "Queries and gallery, moved so that neighbours are found by a product: score = queries @ gallery.T + bias."
     queries: Tensor # (n, d) float32
-    gallery: Tensor # (m, d) float32
-    bias: Tensor | None # (m,) float32, Euclidean only: -|gallery|^2 / 2
+    gallery: Tensor # (u, d) float32, distinct rows
+    bias: Tensor | None # (u,) float32, Euclidean only: -|gallery|^2 / 2
     scale: float # what distances have to be multiplied by
     own: bool # the queries search themselves
+    groups: _Groups | None # which rows the distinct ones stand for; None: themselves
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c22
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c30
 def _space(queries: Tensor, gallery: Tensor | None, metric: str) -> _Space:
     "Prepare both sets for `metric`."
-    own, gallery = gallery is None, queries if gallery is None else gallery
-    if metric == "cosine":
-        unit = normalize(gallery).float()
-        return _Space(unit if own else normalize(queries).float(), unit, None, 1., own)
-    origin = centre(gallery)
-    queries, gallery = queries - origin, gallery - origin
-    peak = max(queries.abs().max().item(), gallery.abs().max().item())
-    scale = 2. ** (np.frexp(peak)[1] if peak > 0 else 0)
-    queries, gallery = (queries / scale).float(), (gallery / scale).float()
-    return _Space(queries, gallery, gallery.square().sum(1) / -2, scale, own)
+    own, gallery, scale = gallery is None, queries if gallery is None else gallery, 1.
+    if metric == "cosine": move = lambda x: normalize(x).float()
+    else:
+        origin = centre(gallery)
+        peak = max((x - origin).abs().max().item() for x in (queries, gallery))
+        scale = 2. ** (int(np.frexp(peak)[1]) - 1) if peak > 0 else 1.
+        move = lambda x: ((x - origin) / scale).float()
+    gallery = move(gallery)
+    queries, groups = gallery if own else move(queries), _groups(gallery)
+    if groups is not None: gallery = gallery[groups.members[groups.starts]]
+    return _Space(queries, gallery, None if metric == "cosine" else gallery.square().sum(1) / -2, scale, own, groups)
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c23
-def _values(space: _Space, rows: slice, scores: Tensor, columns: Tensor) -> Tensor:
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c31
+def _values(space: _Space, rows: slice, scores: Tensor) -> Tensor: # (r, k)
     "What the caller asked for: cosines, or distances (0 where rounding cannot tell them from 0)."
     if space.bias is None: return scores
     own = space.queries[rows].square().sum(1, keepdim=True)
     squares = own - 2 * scores
-    noise = 16 * torch.finfo(torch.float32).eps * (own - 2 * space.bias[columns])
+    noise = 32 * torch.finfo(torch.float32).eps * own
     return torch.where(squares > noise, squares, 0).sqrt() * space.scale
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c25
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c33
 _TILE = 16384   # gallery rows scored at once: with 256 queries a buffer of 17 MB
 
 @full_precision
@@ -106,14 +146,14 @@ def _score(queries: Tensor, gallery: Tensor, bias: Tensor | None, out: Tensor) -
     "Scores of one tile, written to `out`."
     return torch.mm(queries, gallery.T, out=out) if bias is None else torch.addmm(bias, queries, gallery.T, out=out)
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c26
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c34
 def _tiles(m: int) -> tuple[int, int]:
     "Rows of a gallery tile, near-equal tiles of at most _TILE, and the width of its scores in memory: a multiple of 64."
     tile = -(-m // -(-m // _TILE))
     return tile, -(-tile // 64) * 64
 
 def _search_rows(space: _Space, rows: Tensor, k: int, memory: Tensor) -> Tensor:
-    "Keys (r, k) of the queries numbered `rows`; `memory` has room for r times the padded tile and is overwritten."
+    "Keys (r, k) into the distinct rows, for the queries numbered `rows`; `memory` holds r padded tiles and is overwritten."
     best, queries = None, space.queries[rows]
     tile, width = _tiles(len(space.gallery))
     scores = memory[:len(rows) * width].view(len(rows), width)
@@ -121,14 +161,14 @@ def _search_rows(space: _Space, rows: Tensor, k: int, memory: Tensor) -> Tensor:
         here = columns.stop - columns.start
         _score(queries, space.gallery[columns], None if space.bias is None else space.bias[columns], scores[:, :here])
         scores[:, here:] = -torch.inf
-        if space.own:                                              # left out by index, not by value
+        if space.own and space.groups is None:                     # left out by index; with groups, when they are expanded
             mine = ((rows >= columns.start) & (rows < columns.stop)).nonzero()[:, 0]
             scores[mine, rows[mine] - columns.start] = -torch.inf
         found = top_keys(scores, min(k, here), columns.start)
         best = found if best is None else torch.cat([best, found], 1).topk(min(k, columns.stop)).values
     return best
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c28
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c36
 def _faiss():
     "The faiss module, using as many threads as torch; ImportError says what to do."
     try: import faiss
@@ -145,20 +185,31 @@ def _faiss_index(space: _Space):
     index.add(rows.cpu().contiguous().numpy())
     return index
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c29
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c37
 def _faiss_rows(space: _Space, rows: Tensor, k: int, index) -> tuple[Tensor, Tensor]: # keys (r, k), (r,) bool: in doubt
-    "Neighbours by faiss; a row is in doubt if an entry that was not returned may tie with its k-th."
+    "Neighbours by faiss among the distinct rows; a row is in doubt if an entry that was not returned may tie with its k-th."
     queries = space.queries[rows]
     if space.bias is not None: queries = torch.cat([queries, torch.ones_like(queries[:, :1])], 1)
-    wide = min(k + 1 + space.own, len(space.gallery))
+    mask = space.own and space.groups is None
+    wide = min(k + 1 + mask, len(space.gallery))
     scores, columns = (torch.from_numpy(x).to(rows.device) for x in index.search(queries.cpu().contiguous().numpy(), wide))
     keys = sort_keys(scores, columns)
-    if space.own: keys.masked_fill_(columns == rows[:, None], torch.iinfo(torch.int64).min)
+    if mask: keys.masked_fill_(columns == rows[:, None], torch.iinfo(torch.int64).min)
     keys = keys.topk(k).values
     doubt = read_keys(keys[:, -1])[0] <= scores.amin(1)
     return keys, doubt if wide < len(space.gallery) else torch.zeros_like(doubt)
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c31
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c38
+def _keys(space: _Space, rows: Tensor, k: int, memory: Tensor, index=None) -> Tensor: # (r, k) keys of gallery rows
+    "Neighbours of the queries numbered `rows`, by torch or, given an index, by faiss."
+    wide = k if space.groups is None else min(k + space.own, len(space.gallery))
+    if index is None: keys = _search_rows(space, rows, wide, memory)
+    else:
+        keys, doubt = _faiss_rows(space, rows, wide, index)
+        if doubt.any(): keys[doubt] = _search_rows(space, rows[doubt], wide, memory)
+    return keys if space.groups is None else _expand(keys, space.groups, rows, k, space.own)
+
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c40
 def _as_rows(x, # tensor, array or nested list (n, d)
              name: str, # for the message
             ) -> Tensor: # (n, d) floating, detached
@@ -179,7 +230,7 @@ def _as_count(k, name: str) -> int:
     if value < 1: raise ValueError(f"{name} must be a positive int, got {k!r}")
     return value
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c32
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c41
 def _check_search(queries, k, gallery, metric: str, backend: str) -> tuple[Tensor, Tensor | None]:
     "Queries and gallery as tensors. Raises ValueError on anything that has no answer."
     for value, known, what in ((metric, ("cosine", "euclidean"), "metric"), (backend, ("torch", "faiss"), "backend")):
@@ -194,7 +245,7 @@ def _check_search(queries, k, gallery, metric: str, backend: str) -> tuple[Tenso
                          " in the gallery") + f": use k <= {room}")
     return queries, gallery
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c33
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c42
 def search(queries, # (n, d) float: tensor, array or nested list
            k: int, # how many neighbours
            gallery=None, # (m, d) float; default: the queries search each other, each left out of its own list
@@ -210,16 +261,12 @@ def search(queries, # (n, d) float: tensor, array or nested list
     memory = torch.empty(min(size, len(space.queries)) * _tiles(len(space.gallery))[1], device=device)
     def run():
         for rows in chunks(len(space.queries), size):
-            numbers = torch.arange(rows.start, rows.stop, device=device)
-            if index is None: keys = _search_rows(space, numbers, k, memory)
-            else:
-                keys, doubt = _faiss_rows(space, numbers, k, index)
-                if doubt.any(): keys[doubt] = _search_rows(space, numbers[doubt], k, memory)
+            keys = _keys(space, torch.arange(rows.start, rows.stop, device=device), k, memory, index)
             scores, columns = read_keys(keys)
-            yield rows, _values(space, rows, scores, columns), columns
+            yield rows, _values(space, rows, scores), columns
     return run()
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c34
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c43
 def nearest(queries, # (n, d) float: tensor, array or nested list
             k: int, # how many neighbours; at most n - 1, or m with a gallery
             gallery=None, # (m, d) float; default: the queries search each other, each left out of its own list by its index
@@ -233,7 +280,7 @@ def nearest(queries, # (n, d) float: tensor, array or nested list
     parts = [(scores, columns) for _, scores, columns in search(queries, k, gallery, metric, chunk, backend)]
     return tuple(torch.cat(p) for p in zip(*parts))
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c42
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c49
 def _as_labels(labels, rows: int, name: str) -> np.ndarray: # (rows,)
     "Labels as a numpy vector of whole numbers or strings. Raises ValueError on another shape, length or kind."
     labels = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
@@ -250,7 +297,7 @@ class _Task(NamedTuple):
     gallery_labels: Tensor # (m,)
     relevant: Tensor # (n,) int64: R_q, how many of the gallery could be hits
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c43
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c50
 def _task(embeddings, labels, gallery, gallery_labels, metric: str = "cosine") -> _Task:
     "Check everything, number the classes, count R_q. Warns of queries without a relevant item; ValueError if all are."
     if (gallery is None) != (gallery_labels is None): raise ValueError("gallery and gallery_labels: give both or neither")
@@ -268,14 +315,14 @@ def _task(embeddings, labels, gallery, gallery_labels, metric: str = "cosine") -
     if alone: warnings.warn(f"{alone} of {len(y)} queries are excluded: their class has {where}", stacklevel=3)
     return _Task(queries, mine, gallery, theirs, relevant)
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c45
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c52
 def hits_recall(hits: Tensor, # (r, k) bool, in the order of the neighbours
                 k: int, # how many of them count
                ) -> Tensor: # (r,) float64
     "1 if there is a hit among the first `k`, else 0: the terms of eq. (3)."
     return hits[:, :k].any(1).double()
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c47
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c54
 def hits_r_precision(hits: Tensor, # (r, k) bool, k >= relevant.max()
                      relevant: Tensor, # (r,) int64, R_q > 0
                     ) -> Tensor: # (r,) float64
@@ -291,7 +338,7 @@ def hits_map_at_r(hits: Tensor, # (r, k) bool, k >= relevant.max()
     counted = hits & (ranks <= relevant[:, None])
     return (counted * hits.cumsum(1) / ranks.double()).sum(1) / relevant
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c49
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c56
 def _measure(task: _Task, metric: str, ks: tuple = (), ranked: bool = False, # ranked: also R-precision and MAP@R
             ) -> dict[str, float]:
     "All metrics of one search, averaged over the queries that count."
@@ -308,7 +355,7 @@ def _measure(task: _Task, metric: str, ks: tuple = (), ranked: bool = False, # r
     count = int((task.relevant > 0).sum())
     return {name: total / count for name, total in sums.items()}
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c50
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c57
 def _as_ks(ks, task: _Task) -> tuple[int, ...]:
     "Ranks, checked against the size of the gallery."
     room = len(task.queries) - 1 if task.gallery is None else len(task.gallery)
@@ -332,7 +379,7 @@ def recall_at_k(embeddings, # (n, d) queries: tensor, array or nested list
     found = _measure(task, metric, ks)
     return {k: found[f"recall@{k}"] for k in ks}
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c51
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c58
 def map_at_r(embeddings, # (n, d) queries: tensor, array or nested list
              labels, # (n,) whole numbers or strings
              gallery=None, # (m, d); default: the queries search each other, self left out
@@ -351,7 +398,7 @@ def r_precision(embeddings, # (n, d) queries: tensor, array or nested list
     "R-precision, eq. (4). Errors and exclusions as in `recall_at_k`."
     return _measure(_task(embeddings, labels, gallery, gallery_labels, metric), metric, ranked=True)["r_precision"]
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c60
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c67
 def clusters(embeddings, # (n, d) float: tensor, array or nested list
              num_clusters: int, # at most n
              seed: int = 0, # of the initial centres
@@ -375,7 +422,7 @@ def _faiss_clusters(faiss, rows: np.ndarray, num_clusters: int, seed: int) -> np
     kmeans.train(rows)
     return kmeans.index.search(rows, 1)[1][:, 0]
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c61
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c68
 def _sklearn(module: str):
     "A module of scikit-learn; ImportError says what to do."
     from importlib import import_module
@@ -389,7 +436,7 @@ def _clustering(embeddings, labels, seed: int, metric: str) -> dict[str, float]:
     found, compare = clusters(embeddings, int(classes.max()) + 1, seed, metric), _sklearn("metrics")
     return {"nmi": float(compare.normalized_mutual_info_score(classes, found)), "ami": float(compare.adjusted_mutual_info_score(classes, found))}
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c62
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c69
 def nmi(embeddings, # (n, d) float: tensor, array or nested list
         labels, # (n,) whole numbers or strings
         seed: int = 0, # of k-means
@@ -406,7 +453,7 @@ def ami(embeddings, # (n, d) float: tensor, array or nested list
     "Mutual information adjusted for chance, eq. (5), of the classes and a k-means clustering with as many clusters."
     return _clustering(embeddings, labels, seed, metric)["ami"]
 
-# %% ../nbs/01_foundations/03_retrieval.ipynb #c65
+# %% ../nbs/01_foundations/03_retrieval.ipynb #c72
 def evaluate(embeddings, # (n, d) queries: tensor, array or nested list
              labels, # (n,) whole numbers or strings
              gallery=None, # (m, d); default: the queries search each other, self left out
