@@ -56,7 +56,7 @@ def centre(x: Tensor, # (n, d) float
     "An origin for `x`: its mean, rounded to a power of two just below the spread, so that subtracting it loses nothing."
     x = x.detach()
     mean = x.mean(0)
-    step = (x - mean).square().mean().sqrt().log2().floor().exp2()   # 0 if all points coincide
+    step = (x - mean).abs().mean().log2().floor().exp2()   # 0 if all points coincide
     return torch.where(step > 0, (mean / step).round() * step, x[0])
 
 # %% ../nbs/01_foundations/00_geometry.ipynb #c22
@@ -144,8 +144,8 @@ class _MaskedLogSumExp(torch.autograd.Function):
         return value.squeeze(dim)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled(): raise RuntimeError("masked_logsumexp cannot be differentiated twice: use torch.logsumexp")
         weights, some = ctx.saved_tensors
         return weights * (grad.unsqueeze(ctx.dim) * some), None, None
 
