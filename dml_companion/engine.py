@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
-from .profiles import Job, Plan, beside, check_parameters, is_locked, refresh, spoilt
+from .profiles import Job, Plan, beside, check_parameters, is_locked, load_profile, refresh, spoilt
 from .reproduction import (digest, file_digest, load_record, notebook_digest, now, package_folder,
     project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
 

@@ -6,12 +6,12 @@
 __all__ = ['PACKAGE', 'BYSTANDERS', 'TRAIN_NOTEBOOK', 'EXEMPT', 'LIBRARIES', 'STYLE', 'project_root', 'canonical', 'digest',
            'file_digest', 'write_atomic', 'read_json', 'relative', 'without_nan', 'write_json_atomic', 'shape',
            'package_folder', 'bound_names', 'imported_names', 'Source', 'parse_source', 'find_source', 'dotted',
-           'resolve', 'uses', 'reachable', 'code_digest', 'code_cells', 'cell_code', 'is_bystander', 'notebook_roots',
-           'notebook_digest', 'results_digest', 'Run', 'train_digest', 'run_id', 'identify', 'now', 'git_state',
-           'processor', 'versions', 'provenance', 'Record', 'write_record', 'nearest_name', 'complaint',
-           'one_complaint', 'known_fields', 'load_record', 'load_records', 'mean_interval', 'result_table', 'metric_of',
-           'table_markdown', 'style_of', 'use_house_style', 'announce', 'output_folder', 'save_figure', 'save_table',
-           'csv_text', 'plain_markdown']
+           'resolve', 'mentions', 'uses', 'reachable', 'code_digest', 'shape_of', 'code_cells', 'cell_code',
+           'is_bystander', 'notebook_roots', 'notebook_digest', 'results_digest', 'Run', 'train_digest', 'run_id',
+           'identify', 'now', 'git_state', 'processor', 'versions', 'provenance', 'Record', 'write_record',
+           'nearest_name', 'complaint', 'one_complaint', 'known_fields', 'load_record', 'load_records', 'mean_interval',
+           'result_table', 'metric_of', 'table_markdown', 'style_of', 'use_house_style', 'announce', 'output_folder',
+           'save_figure', 'save_table', 'csv_text', 'plain_markdown']
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c02
 import ast, hashlib, importlib.util, json, math, os, platform, subprocess, sys
@@ -151,6 +151,7 @@ class Source(NamedTuple):
     names: dict[str, list[ast.stmt]]
     imports: dict[str, str]
     loose: list[ast.stmt]
+    memo: dict # what was worked out about this text before
 
 
 def parse_source(text: str, name: str, is_package: bool = False) -> Source:
@@ -163,7 +164,7 @@ def parse_source(text: str, name: str, is_package: bool = False) -> Source:
         elif not bound and not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
             loose.append(statement)
     whole = ast.Module([*imports.body, *loose], [])
-    return Source(name, names, imported_names(whole, name, is_package), loose)
+    return Source(name, {**names, "": loose}, imported_names(whole, name, is_package), loose, {})
 
 
 @lru_cache(maxsize=512)
@@ -198,17 +199,21 @@ def resolve(name: str, # dotted, from the package: "dml_companion.losses.pairwis
     return None
 
 
-def uses(nodes: list[ast.AST], source: Source, folder: Path) -> set[tuple[str, str]]:
-    "The definitions of the package that these statements of one module use."
+def mentions(nodes: list[ast.AST], source: Source) -> set[str]: # "package.module.name"
+    "Dotted names that these statements of a module mention: its own top-level ones and imported ones."
     found = set()
     for root in nodes:
         imports = source.imports | imported_names(root, source.name)
-        for node in ast.walk(root):
-            chain = dotted(node)
+        for chain in {dotted(node) for node in ast.walk(root)} - {""}:
             head, _, rest = chain.partition(".")
-            if head in source.names: found.add((source.name, head))
-            elif head in imports and (hit := resolve(f"{imports[head]}.{rest}".rstrip("."), folder)): found.add(hit)
+            if head in source.names: found.add(f"{source.name}.{head}")
+            elif head in imports: found.add(f"{imports[head]}.{rest}".rstrip("."))
     return found
+
+
+def uses(nodes: list[ast.AST], source: Source, folder: Path) -> set[tuple[str, str]]: # (module, name)
+    "The definitions of the package that these statements of one module use."
+    return {hit for name in mentions(nodes, source) if name.startswith(PACKAGE) and (hit := resolve(name, folder))}
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c23
 BYSTANDERS = tuple(f"{PACKAGE}.{m}" for m in ("reproduction", "profiles", "engine", "cli"))
@@ -217,7 +222,7 @@ BYSTANDERS = tuple(f"{PACKAGE}.{m}" for m in ("reproduction", "profiles", "engin
 def reachable(roots: Iterable[tuple[str, str]], # (module, name), name "" for a whole module
               folder: Path, # the package's folder
               skip: Iterable[str] = (), # modules not to follow
-             ) -> dict[tuple[str, str], list[ast.stmt]]: # every definition reached, with its statements
+             ) -> dict[tuple[str, str], list[ast.stmt]]: # definitions reached; name "": a module's loose statements
     "All definitions of the package that the roots use, directly or not."
     todo, seen = list(roots), {}
     while todo:
@@ -228,9 +233,10 @@ def reachable(roots: Iterable[tuple[str, str]], # (module, name), name "" for a 
             target = resolve(source.imports[name], folder) if name in source.imports else None
             todo += [target] if target else []
             continue
-        seen[key] = source.names[name] if name else []
-        if source.loose: seen.setdefault((module, "<loose>"), source.loose)
-        todo += uses([*seen[key], *source.loose], source, folder)
+        seen[key] = source.names[name]
+        if ("uses", name) not in source.memo: source.memo["uses", name] = mentions(seen[key], source)
+        hits = (resolve(n, folder) for n in source.memo["uses", name] if n.startswith(PACKAGE))
+        todo += [(module, ""), *(hit for hit in hits if hit)]
     return seen
 
 
@@ -247,7 +253,15 @@ def code_digest(*roots: str, # "dml_companion.training:fit"
             raise ValueError(f"code_digest: {root!r} is not in the package at {folder}; write 'module:name'")
         start += [(module, n) for n in ([name] if name else source.names)]
     found = reachable(start, folder, skip)
-    return digest("\n".join(f"{m}:{n} {shape(found[m, n])}" for m, n in sorted(found)))
+    return digest("\n".join(f"{m}:{n} {shape_of(m, n, folder)}" for m, n in sorted(found)))
+
+
+def shape_of(module: str, name: str, # "" for the module's loose statements
+             folder: Path) -> str:
+    "The shape of one definition, worked out once."
+    source = find_source(module, folder)
+    if ("shape", name) not in source.memo: source.memo["shape", name] = shape(source.names[name])
+    return source.memo["shape", name]
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c28
 TRAIN_NOTEBOOK = "nbs/04_experiments/30_train.ipynb"
@@ -278,7 +292,7 @@ def notebook_roots(notebook: str | Path, cells: list[dict], folder: Path) -> set
     "The definitions of the package that these cells of a notebook use, wherever in it they are imported."
     whole = parse_source("\n".join(cell_code(c["source"]) for c in code_cells(notebook)), "notebook")
     text = ast.parse("\n".join(cell_code(c["source"]) for c in cells))
-    return {(module, name) for module, name in uses([text], whole, folder) if name and module != "notebook"}
+    return {(module, name) for module, name in uses([text], whole, folder) if name}
 
 
 def notebook_digest(notebook: str | Path, # the file
@@ -335,10 +349,11 @@ def identify(recipe: Any, # a training.Recipe or its dictionary
              seed: int,
              data: str, # the data set's content digest
              notebook: str = TRAIN_NOTEBOOK, root: Path | None = None,
+             code: str | None = None, # the code digest, where it is known already
             ) -> Run:
     "A run's id, code digest and folder."
     recipe = recipe if isinstance(recipe, dict) else recipe.model_dump()
-    code = train_digest(recipe, notebook, root)
+    code = code or train_digest(recipe, notebook, root)
     name = run_id(recipe, seed, data, code)
     return Run(name, code, f"runs/train/{recipe.get('dataset') or 'none'}/{row}/s{seed}-{name}")
 
