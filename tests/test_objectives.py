@@ -1,6 +1,7 @@
 """Objectives: double loops and pytorch-metric-learning as oracles, the contract for poor batches, names and options."""
 import subprocess, sys
 from math import exp, log
+from pathlib import Path
 
 import pytest, torch
 import torch.nn.functional as F
@@ -478,6 +479,22 @@ def test_import_is_light_and_make_imports_one_module():
         print(len(o.locate()))"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0 and out.stdout.strip() == "6", out.stderr
+
+
+def test_benchmark_writes_its_four_files(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    pytest.importorskip("pandas"), pytest.importorskip("matplotlib")
+    from benchmarks.bench_losses import CLASSIFICATION, PAIRWISE, main
+    threads = torch.get_num_threads()
+    main(tmp_path, sizes=(16, 32), threads=1, seconds=.01)
+    assert torch.get_num_threads() == threads
+    assert {f.name for f in tmp_path.iterdir()} == {f"losses.{kind}" for kind in ("csv", "md", "svg", "png")}
+    import pandas as pd
+    table = pd.read_csv(tmp_path / "losses.csv")
+    assert set(table.objective) == {*PAIRWISE, *CLASSIFICATION} and (table.ours_ms > 0).all() and (table.times_floor > 0).all()
+    assert table.peer_times_ours.notna().sum() == 2 * 6          # contrastive with squares and center have no peer
+    text = (tmp_path / "losses.md").read_text()
+    assert "torch 2." in text and "cores" in text and "/" + "work" not in text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

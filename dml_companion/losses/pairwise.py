@@ -114,7 +114,7 @@ class CenterLoss(Objective):
     "Springs to the class centres (tightness, weighted) and a linear cross-entropy, started at zero (contrast)."
     param_kind = {"weight": "classifier", "bias": "classifier", "means": "proxies"}
     def __init__(self, num_classes: int | None = None, dim: int | None = None, *, # both required: it owns a classifier
-                 center_weight: float = .01, # factor of the springs; the cross-entropy has factor 1
+                 center_weight: float = .03, # factor of the springs; the cross-entropy has factor 1
                  centers: str = "running", # "batch": class means of the batch; "running": Wen's rule; "learned": by the optimiser
                  center_rate: float = .5, # gamma of the running rule
                  reduction: str = "mean", # springs: "mean" over the batch, or the paper's "sum"
@@ -151,7 +151,7 @@ class CenterLoss(Objective):
         contrast = F.cross_entropy(F.linear(embeddings, self.weight.to(x.dtype), bias), labels, label_smoothing=self.label_smoothing)
         return Parts(self.center_weight * .5 * getattr(springs, self.reduction)(), contrast)
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c37
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c39
 def soft_rows(scores: Tensor, # (n, n), overwritten
               mask: Tensor | None, # (n, n) bool, which pairs take part; None: all
               spare: Tensor | float, # (n,) or number: the score written on the diagonal
@@ -165,7 +165,7 @@ def soft_rows(scores: Tensor, # (n, n), overwritten
     slopes.diagonal().mul_(share)
     return value, slopes
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c39
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c41
 def anchor_weights(valid: Tensor, # (n,) bool
                    reduction: str, # "anchor": 1/n each; "valid": shared among the valid ones
                    like: Tensor, # dtype and device
@@ -174,7 +174,7 @@ def anchor_weights(valid: Tensor, # (n,) bool
     if reduction == "anchor": return torch.full((len(valid),), 1 / len(valid), dtype=like.dtype, device=like.device)
     return valid.to(like.dtype) / valid.sum().clamp_min(1)
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c40
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c42
 @register("snca", "pairwise", "Wu et al. 2018")
 class SNCALoss(PairLoss):
     "-log of the chance to walk to the own class under a softmax over cosines (Boudiaf et al. 2020, Table 2)."
@@ -198,7 +198,7 @@ class SNCALoss(PairLoss):
         slope = (w / self.temperature)[:, None]
         return -w @ near, w @ all_, similarity_gradient, (z, tight.mul_(-slope), spread.mul_(slope))
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c45
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c47
 def ms_pairs(similarities: Tensor, # (n, n)
              positives: Tensor, negatives: Tensor, # (n, n) bool
              epsilon: float, # slack in similarity; the larger, the more pairs
@@ -208,7 +208,7 @@ def ms_pairs(similarities: Tensor, # (n, n)
     hardest = torch.where(negatives, similarities, -torch.inf).amax(1, keepdim=True)
     return positives & (similarities < hardest + epsilon), negatives & (similarities > easiest - epsilon)
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c46
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c48
 @register("multi_similarity", "pairwise", "Wang et al. 2019")
 class MultiSimilarityLoss(PairLoss):
     "Smooth maxima over too-far positives and too-near negatives (Boudiaf et al. 2020, Table 2)."

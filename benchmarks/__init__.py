@@ -1,0 +1,1 @@
+"""Benchmarks against floors and peers: `python -m benchmarks` writes figures/bench/."""

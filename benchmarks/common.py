@@ -1,0 +1,42 @@
+"""Shared by the benchmarks: interleaved timing, and one way to write results with the machine they came from."""
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], # name -> what to time
+                rounds: int, # every contender runs once a round
+                warmup: int = 2, # rounds not counted
+               ) -> dict[str, list[float]]: # seconds, one a round
+    "Time all contenders in turn, starting at another one each round, so that a busy moment hits them all."
+    names, seconds = list(contenders), {name: [] for name in contenders}
+    for r in range(-warmup, rounds):
+        shift = r % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            contenders[name]()
+            if r >= 0: seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    "Median over rounds of a / b: both were measured in the same round."
+    return statistics.median(x / y for x, y in zip(a, b))
+
+
+def machine_lines() -> list[str]:
+    "Hardware, versions, commit and date, for the foot of a table: no names of machines, users or folders."
+    from dml_companion.reproduction import provenance
+    p = provenance()
+    versions = ", ".join(f"{k} {v}" for k, v in p["versions"].items() if k in ("torch", "numpy", "faiss-cpu", "pytorch-metric-learning") and v)
+    return [f"- {p['cpu']}, {p['cores']} cores seen, {p['threads']} torch threads; {', '.join(p['gpus']) or 'no GPU'}",
+            f"- Python {p['python']}, {versions}",
+            f"- {p['end'][:10]}, commit {str(p.get('commit', ''))[:12]}"]
+
+
+def write_text(path: Path, text: str) -> Path:
+    "Write atomically, with one newline at the end."
+    from dml_companion.reproduction import write_atomic
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_atomic(path, (text.rstrip() + "\n").encode())
