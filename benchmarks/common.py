@@ -1,4 +1,5 @@
 """Shared by the benchmarks: interleaved timing, and one way to write results with the machine they came from."""
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -9,11 +10,10 @@ def interleaved(contenders: dict[str, Callable[[], object]], # name -> what to t
                 rounds: int, # every contender runs once a round
                 warmup: int = 2, # rounds not counted
                ) -> dict[str, list[float]]: # seconds, one a round
-    "Time all contenders in turn, starting at another one each round, so that a busy moment hits them all."
-    names, seconds = list(contenders), {name: [] for name in contenders}
+    "Time all contenders in turn, in another order each round, so that a busy moment or a bad neighbour hits them all."
+    names, seconds, order = list(contenders), {name: [] for name in contenders}, random.Random(0)
     for r in range(-warmup, rounds):
-        shift = r % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
             contenders[name]()
             if r >= 0: seconds[name].append(time.perf_counter() - start)

@@ -159,7 +159,7 @@ class _UnitRows(torch.autograd.Function):
     "Eq. (2), scaled by the largest entry first so that no square overflows."
     @staticmethod
     def forward(ctx, x):
-        peak = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+        peak = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))
         some = peak > 1e-12
         unit = x / torch.where(some, peak, torch.inf)
         norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
