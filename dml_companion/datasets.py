@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -63,7 +64,9 @@ class Split:
     def __len__(self) -> int: return len(self.labels)
     @property
     def num_classes(self) -> int: return len(self.class_names)
-    def batch(self, indices=slice(None)) -> Tensor: # (b, c, h, w) uint8, contiguous, safe to write to
+    def batch(self,
+              indices: slice | Tensor | ArrayLike = slice(None), # integers or a mask; default: all
+             ) -> Tensor: # (b, c, h, w) uint8, contiguous, safe to write to
         "The images at `indices` (integers, a slice or a mask; default all) as one tensor: one fancy index, no loop."
         if isinstance(indices, Tensor): indices = indices.cpu().numpy()
         images = np.ascontiguousarray(self.images[indices])
@@ -421,7 +424,7 @@ def base_letter(point: int) -> str:
 
 # %% ../nbs/01_foundations/01_datasets.ipynb #c40
 @dataset("glyphs", "letterforms of the twelve DejaVu faces in matplotlib, a class is a character; no download", 32)
-def glyphs(root, size, cache, progress, # as in `load`; root is not used
+def glyphs(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`; root is not used
            merge_twins: bool = True, # False: training keeps drawings that several classes share (label noise)
            split_seed: int = 0, # of the division of the classes into training and test
           ) -> Sides:
@@ -568,7 +571,7 @@ def hidden(name: str) -> bool:
     return any(p.startswith(".") or p == "__MACOSX" for p in name.split("/"))
 
 @dataset("omniglot", "handwritten characters, 964 to train on, 659 unseen, 20 drawings each; zips or folders", 32)
-def omniglot(root, size, cache, progress, # as in `load`
+def omniglot(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
              rotations: bool = False, # add training characters turned by 90, 180 and 270 degrees as further classes
             ) -> Sides:
     "Omniglot (Lake, Salakhutdinov and Tenenbaum, Science 2015): background trains, evaluation is unseen."
@@ -648,7 +651,7 @@ def unseen_classes(names: Sequence[str], # sorted class names
 
 # %% ../nbs/01_foundations/01_datasets.ipynb #c65
 @dataset("folder", "your own images: a folder (or zip) with one sub-folder for each class", 128)
-def ImageFolderSplit(root, size, cache, progress, # as in `load`; root is the folder or the zip
+def ImageFolderSplit(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
                      split: float | Sequence[str] | str | Path = .5, # unseen classes: fraction, names, or file of names
                      order: str = "random", # of a fraction: "random" or "sorted" (the last ones by name)
                      seed: int = 0, # of order="random"
@@ -684,7 +687,7 @@ scaled to 128 px, with one folder for each of the 81 fine classes, named by numb
     DML_DATA/grocery/grocery_128.zip   with members   00.Golden-Delicious/<image>.jpg, 01.Granny-Smith/..., ..."""
 
 @dataset("grocery", "photographs of 81 grocery products, 41 to train on and 40 unseen", 128)
-def grocery(root, size, cache, progress) -> Sides: # as in `load`
+def grocery(root: Path | None, size: int, cache: str | Path | None, progress: bool) -> Sides: # as in `load`
     "Grocery Store products: the first 41 classes train, those from the 42nd on are unseen."
     places = [root, root / "grocery_128.zip", root / "grocery" / "grocery_128.zip"] if root else []
     path = next((p for p in places if p.is_file()), None)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .geometry import centre, chunks, full_precision, normalize, widen
@@ -246,9 +247,9 @@ def _check_search(queries, k, gallery, metric: str, backend: str) -> tuple[Tenso
     return queries, gallery
 
 # %% ../nbs/01_foundations/03_retrieval.ipynb #c42
-def search(queries, # (n, d) float: tensor, array or nested list
+def search(queries: Tensor | ArrayLike, # (n, d) float: tensor, array or nested list
            k: int, # how many neighbours
-           gallery=None, # (m, d) float; default: the queries search each other, each left out of its own list
+           gallery: Tensor | ArrayLike | None = None, # (m, d); default: queries search each other, self left out
            metric: str = "cosine", # or "euclidean"
            chunk: int | None = None, # queries scored at once; memory is chunk * min(m, 16384) floats; default: 256, on a GPU 4096
            backend: str = "torch", # or "faiss"
@@ -267,9 +268,9 @@ def search(queries, # (n, d) float: tensor, array or nested list
     return run()
 
 # %% ../nbs/01_foundations/03_retrieval.ipynb #c43
-def nearest(queries, # (n, d) float: tensor, array or nested list
+def nearest(queries: Tensor | ArrayLike, # (n, d) float: tensor, array or nested list
             k: int, # how many neighbours; at most n - 1, or m with a gallery
-            gallery=None, # (m, d) float; default: the queries search each other, each left out of its own list by its index
+            gallery: Tensor | ArrayLike | None = None, # (m, d); default: queries search each other, self left out by index
             metric: str = "cosine", # or "euclidean"
             chunk: int | None = None, # queries scored at once; default: 256, on a GPU 4096
             backend: str = "torch", # or "faiss"
@@ -364,11 +365,11 @@ def _as_ks(ks, task: _Task) -> tuple[int, ...]:
     if max(ks) > room: raise ValueError(f"ks has {max(ks)}, but a query has only {room} candidates: use ranks <= {room}")
     return ks
 
-def recall_at_k(embeddings, # (n, d) queries: tensor, array or nested list
-                labels, # (n,) whole numbers or strings
+def recall_at_k(embeddings: Tensor | ArrayLike, # (n, d) queries: tensor, array or nested list
+                labels: Tensor | ArrayLike, # (n,) whole numbers or strings
                 ks: Iterable[int], # ranks, each positive
-                gallery=None, # (m, d); default: the queries search each other, self left out
-                gallery_labels=None, # (m,), with `gallery`
+                gallery: Tensor | ArrayLike | None = None, # (m, d); default: queries search each other, self left out
+                gallery_labels: Tensor | ArrayLike | None = None, # (m,), with `gallery`
                 metric: str = "cosine", # or "euclidean"
                ) -> dict[int, float]: # rank -> Recall@rank
     """Recall@K, eq. (3), from one exact search.
@@ -380,26 +381,26 @@ def recall_at_k(embeddings, # (n, d) queries: tensor, array or nested list
     return {k: found[f"recall@{k}"] for k in ks}
 
 # %% ../nbs/01_foundations/03_retrieval.ipynb #c58
-def map_at_r(embeddings, # (n, d) queries: tensor, array or nested list
-             labels, # (n,) whole numbers or strings
-             gallery=None, # (m, d); default: the queries search each other, self left out
-             gallery_labels=None, # (m,), with `gallery`
+def map_at_r(embeddings: Tensor | ArrayLike, # (n, d) queries: tensor, array or nested list
+             labels: Tensor | ArrayLike, # (n,) whole numbers or strings
+             gallery: Tensor | ArrayLike | None = None, # (m, d); default: queries search each other, self left out
+             gallery_labels: Tensor | ArrayLike | None = None, # (m,), with `gallery`
              metric: str = "cosine", # or "euclidean"
             ) -> float: # in [0, 1]
     "Mean average precision at R, eq. (4) (Musgrave et al. 2020, section 4.1). Errors and exclusions as in `recall_at_k`."
     return _measure(_task(embeddings, labels, gallery, gallery_labels, metric), metric, ranked=True)["map@r"]
 
-def r_precision(embeddings, # (n, d) queries: tensor, array or nested list
-                labels, # (n,) whole numbers or strings
-                gallery=None, # (m, d); default: the queries search each other, self left out
-                gallery_labels=None, # (m,), with `gallery`
+def r_precision(embeddings: Tensor | ArrayLike, # (n, d) queries: tensor, array or nested list
+                labels: Tensor | ArrayLike, # (n,) whole numbers or strings
+                gallery: Tensor | ArrayLike | None = None, # (m, d); default: queries search each other, self left out
+                gallery_labels: Tensor | ArrayLike | None = None, # (m,), with `gallery`
                 metric: str = "cosine", # or "euclidean"
                ) -> float: # in [0, 1]
     "R-precision, eq. (4). Errors and exclusions as in `recall_at_k`."
     return _measure(_task(embeddings, labels, gallery, gallery_labels, metric), metric, ranked=True)["r_precision"]
 
 # %% ../nbs/01_foundations/03_retrieval.ipynb #c67
-def clusters(embeddings, # (n, d) float: tensor, array or nested list
+def clusters(embeddings: Tensor | ArrayLike, # (n, d) float: tensor, array or nested list
              num_clusters: int, # at most n
              seed: int = 0, # of the initial centres
              metric: str = "cosine", # "cosine": rows are normalised first; or "euclidean"
@@ -437,16 +438,16 @@ def _clustering(embeddings, labels, seed: int, metric: str) -> dict[str, float]:
     return {"nmi": float(compare.normalized_mutual_info_score(classes, found)), "ami": float(compare.adjusted_mutual_info_score(classes, found))}
 
 # %% ../nbs/01_foundations/03_retrieval.ipynb #c69
-def nmi(embeddings, # (n, d) float: tensor, array or nested list
-        labels, # (n,) whole numbers or strings
+def nmi(embeddings: Tensor | ArrayLike, # (n, d) float: tensor, array or nested list
+        labels: Tensor | ArrayLike, # (n,) whole numbers or strings
         seed: int = 0, # of k-means
         metric: str = "cosine", # or "euclidean"
        ) -> float: # in [0, 1]; far above 0 for noise if classes are small
     "Normalised mutual information, eq. (5), of the classes and a k-means clustering with as many clusters."
     return _clustering(embeddings, labels, seed, metric)["nmi"]
 
-def ami(embeddings, # (n, d) float: tensor, array or nested list
-        labels, # (n,) whole numbers or strings
+def ami(embeddings: Tensor | ArrayLike, # (n, d) float: tensor, array or nested list
+        labels: Tensor | ArrayLike, # (n,) whole numbers or strings
         seed: int = 0, # of k-means
         metric: str = "cosine", # or "euclidean"
        ) -> float: # at most 1; 0 on average for noise
@@ -454,10 +455,10 @@ def ami(embeddings, # (n, d) float: tensor, array or nested list
     return _clustering(embeddings, labels, seed, metric)["ami"]
 
 # %% ../nbs/01_foundations/03_retrieval.ipynb #c72
-def evaluate(embeddings, # (n, d) queries: tensor, array or nested list
-             labels, # (n,) whole numbers or strings
-             gallery=None, # (m, d); default: the queries search each other, self left out
-             gallery_labels=None, # (m,), with `gallery`
+def evaluate(embeddings: Tensor | ArrayLike, # (n, d) queries: tensor, array or nested list
+             labels: Tensor | ArrayLike, # (n,) whole numbers or strings
+             gallery: Tensor | ArrayLike | None = None, # (m, d); default: queries search each other, self left out
+             gallery_labels: Tensor | ArrayLike | None = None, # (m,), with `gallery`
              ks: Iterable[int] = (1, 2, 4, 8), # ranks of Recall@K
              metrics: Iterable[str] = ("cosine", "euclidean"), # one search each; the first is also that of the clustering
              clustering: bool = True, # also NMI and AMI, of the queries
