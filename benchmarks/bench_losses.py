@@ -3,7 +3,8 @@
 Two floors for losses over pairs of a (B, D) batch:
 - `two products`: Z @ Z.T and (G + G.T) @ Z from a given G + G.T: what no exact method over all pairs can avoid, without
   normalisation, masks, exponentials or autograd. The target, within 2x at B >= 512, is against this one.
-- `autograd`: the similarity matrix of normalised embeddings and its backward pass by torch from a given gradient (three products).
+- `autograd`: the similarity matrix of normalised embeddings and its backward pass by torch from a given gradient, which
+  takes three products because autograd does not know that the matrix is symmetric.
 For classification over C classes: Z @ W.T, G @ W and G.T @ Z (three products; W needs its gradient too).
 """
 import statistics
@@ -93,7 +94,8 @@ def measure(size: int, rounds: int) -> list[dict]:
     for label, (_, _, peer) in ours.items():
         floor = "two products" if label in PAIRWISE else "class products"
         other = f"peer {peer}" if f"peer {peer}" in seconds else None
-        rows.append(dict(objective=label, batch=size, ours_ms=ms[label], best_ms=min(seconds[label]) * 1e3, floor_ms=ms[floor],
+        rows.append(dict(objective=label, batch=size,
+                         ours_ms=ms[label], best_ms=min(seconds[label]) * 1e3, floor_ms=ms[floor],
                          times_floor=ratio(seconds[label], seconds[floor]),
                          best_times_floor=min(seconds[label]) / min(seconds[floor]),
                          times_autograd=ratio(seconds[label], seconds["autograd"]) if label in PAIRWISE else None,
@@ -107,19 +109,24 @@ def measure(size: int, rounds: int) -> list[dict]:
 def markdown(table, rounds: dict[int, int]) -> str:
     "The three questions as three tables: how long, how far from the floor, how far from the peer."
     def grid(column, digits, title):
-        wide = table.pivot(index="objective", columns="batch", values=column).loc[list(dict.fromkeys(table.objective))].dropna(how="all")
-        head = f"**{title}**\n\n| objective | " + " | ".join(f"B = {b}" for b in wide.columns) + " |\n|---|" + "---:|" * len(wide.columns)
-        return head + "".join("\n| " + name + " | " + " | ".join(f"{v:.{digits}f}" for v in row) + " |" for name, row in zip(wide.index, wide.values))
+        wide = table.pivot(index="objective", columns="batch", values=column)
+        wide = wide.loc[list(dict.fromkeys(table.objective))].dropna(how="all")
+        lines = [["objective", *(f"B = {b}" for b in wide.columns)], ["---", *["---:"] * len(wide.columns)]]
+        lines += [[name, *(f"{v:.{digits}f}" for v in row)] for name, row in zip(wide.index, wide.values)]
+        return f"**{title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return "\n\n".join([
-        "# Losses, forward + backward", f"D = {DIM}, float32, classes of four; classification over {CLASSES:,} classes.",
+        "# Losses, forward + backward",
+        f"D = {DIM}, float32, classes of four; classification over {CLASSES:,} classes.",
         grid("ours_ms", 2, "Milliseconds, median"),
         grid("times_floor", 2, "Times the floor (pairwise: two matrix products; classification: three)"),
-        grid("best_times_floor", 2, "The same from the quickest run of each: what remains when other work on the machine is left out"),
-        grid("times_autograd", 2, "Times torch's own similarity matrix, normalised, with its backward pass (three products)"),
-        grid("peer_times_ours", 2, "How many times longer the peer takes (pytorch-metric-learning; cross-entropy: torch's Linear and cross_entropy)"),
-        "Floors are bare products on ready matrices: no normalisation, no masks, no autograd. All contenders run in one process, one after the other in "
-        "each round; ratios are medians over rounds of ratios within a round. Rounds: " + ", ".join(f"{r} at B = {b}" for b, r in rounds.items()) + ". "
-        "`center` and the contrastive loss with squared hinges have no peer.",
+        grid("best_times_floor", 2, "The same from the quickest run of each, the least disturbed"),
+        grid("times_autograd", 2, "Times torch's own similarity matrix, normalised, and its backward pass"),
+        grid("peer_times_ours", 2, "How many times longer the peer takes (pytorch-metric-learning; "
+                                   "cross-entropy: torch's Linear and cross_entropy)"),
+        "Floors are bare products on ready matrices: no normalisation, no masks, no autograd. All contenders run in "
+        "one process, one after the other in each round, in random order; ratios are medians over rounds of ratios "
+        "within a round. Rounds: " + ", ".join(f"{r} at B = {b}" for b, r in rounds.items()) + ". `center` and the contrastive "
+        "loss with squared hinges have no peer.",
         "\n".join(machine_lines())])
 
 
@@ -129,7 +136,8 @@ def draw(table):
     from dml_companion.reproduction import STYLE, use_house_style
     use_house_style()
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True)
-    for ax, group, title in zip(axes, (PAIRWISE, CLASSIFICATION), ("Pairwise losses", f"Classification, {CLASSES:,} classes")):
+    titles, batches = ("Pairwise losses", f"Classification, {CLASSES:,} classes"), sorted(table.batch.unique())
+    for ax, group, title in zip(axes, (PAIRWISE, CLASSIFICATION), titles):
         for label, (name, options, peer) in group.items():
             rows, look = table[table.objective == label], STYLE[name]
             line = ":" if options else "-"
@@ -139,11 +147,12 @@ def draw(table):
             ax.axhline(y, color="grey", lw=.8, ls=dash, zorder=0)
             ax.text(1.01, y, text, va="center", size=8, color="grey", transform=ax.get_yaxis_transform())
         ax.set(xscale="log", yscale="log", xlabel="batch size B", title=title)
-        ax.set_xticks(sorted(table.batch.unique()), [str(b) for b in sorted(table.batch.unique())], minor=False); ax.minorticks_off()
+        ax.set_xticks(batches, [str(b) for b in batches]); ax.minorticks_off()
         ax.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
         ax.legend(fontsize=7, loc="upper right")
     axes[0].set_ylabel("time / matrix products")
-    fig.text(0, -.06, f"Forward + backward, D = {DIM}, float32. Strong lines: ours; pale: the peer under the same settings. Medians.", size=8)
+    note = f"Forward + backward, D = {DIM}, float32. Strong lines: ours; pale: the peer, same settings. Medians."
+    fig.text(0, -.06, note, size=8)
     return fig
 
 

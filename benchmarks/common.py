@@ -3,6 +3,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 
@@ -29,7 +30,9 @@ def machine_lines() -> list[str]:
     "Hardware, versions, commit and date, for the foot of a table: no names of machines, users or folders."
     from dml_companion.reproduction import provenance
     p = provenance()
-    versions = ", ".join(f"{k} {v}" for k, v in p["versions"].items() if k in ("torch", "numpy", "faiss-cpu", "pytorch-metric-learning") and v)
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    shown = ("torch", "numpy", "faiss-cpu", "pytorch-metric-learning")
+    versions = ", ".join(f"{name} {installed[name]}" for name in shown if name in installed)
     return [f"- {p['cpu']}, {p['cores']} cores seen, {p['threads']} torch threads; {', '.join(p['gpus']) or 'no GPU'}",
             f"- Python {p['python']}, {versions}",
             f"- {p['end'][:10]}, commit {str(p.get('commit', ''))[:12]}"]

@@ -25,7 +25,7 @@ def make(name: str, # snake_case, one of `objective.locate()`
          dim: int | None = None, # size of an embedding; the same
          **options: Any, # keyword options of the class
         ) -> Objective:
-    "Build an objective by name; a ValueError names an unknown objective or option and lists the known ones, nearest first."
+    "Build an objective by name; a ValueError names an unknown name or option and lists the known ones."
     cls = find(name)
     for option in options:
         if option not in (known := accepted(cls)): raise unknown(f"option of {name}", option, known)
