@@ -1,0 +1,80 @@
+"The committed results: every number recomputed from its records, hyper-parameters as the search found them."
+import csv
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dml_companion.profiles import load_profile
+from dml_companion.reproduction import load_records, mean_interval
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = [p.parent for p in sorted((ROOT / "figures").glob("*/provenance.json")) if p.parent.name != "smoke"]
+names = lambda folder: folder.name
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file: return list(csv.DictReader(file))
+
+
+def test_the_reference_is_there():
+    assert {"quick", "omniglot", "search"} <= {p.name for p in REFERENCE}
+
+
+@pytest.mark.parametrize("folder", REFERENCE, ids=names)
+def test_files_are_the_ones_that_were_made(folder):
+    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    assert provenance["profile"] == folder.name and provenance["commits"] and provenance["versions"] and provenance["cpu"]
+    for name, sha in provenance["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha, f"{name} was edited by hand"
+    records = {r.run: r for r in load_records(folder)}
+    assert set(provenance["runs"]) == set(records)
+    for run, entry in provenance["runs"].items():
+        assert (records[run].row, records[run].seed) == (entry["row"], entry["seed"])
+
+
+@pytest.mark.parametrize("folder", [p for p in REFERENCE if (p / "retrieval_cosine.csv").exists()], ids=names)
+@pytest.mark.parametrize("table, metric", [("retrieval_cosine", "cosine"), ("retrieval_euclidean", "euclidean")])
+def test_tables_come_from_the_records(folder, table, metric):
+    records = load_records(folder)
+    for line in rows_of(folder / f"{table}.csv"):
+        mine = [r for r in records if r.row == line["row"]]
+        assert line["runs"].split() == [r.run for r in sorted(mine, key=lambda r: line["runs"].index(r.run))] and int(line["seeds"]) == len(mine) > 0
+        for heading, key in {"R@1": "recall@1", "R@8": "recall@8", "MAP@R": "map@r"}.items():
+            mean, half = mean_interval([r.metrics[f"{metric}/{key}"] for r in mine])
+            assert float(line[heading]) == pytest.approx(mean, abs=1e-12)
+            assert (line[f"{heading} ±"] == "" and math.isnan(half)) or float(line[f"{heading} ±"]) == pytest.approx(half, abs=1e-12)
+
+
+@pytest.mark.parametrize("folder", REFERENCE, ids=names)
+def test_form(folder):
+    notebooks = list((folder / "notebooks").glob("*.ipynb"))
+    assert notebooks and sum(p.stat().st_size for p in notebooks) < 8e6
+    for path in notebooks:
+        text = path.read_text(encoding="utf-8")
+        assert str(ROOT) not in text and "/site-packages/" not in text
+        assert any(c.get("outputs") for c in json.loads(text)["cells"] if c["cell_type"] == "code"), f"{path.name} shows nothing"
+    for svg in folder.glob("*.svg"): assert svg.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("name", ["quick", "omniglot"])
+def test_profiles_hold_the_winners_of_the_search(name):
+    profile = load_profile(name)
+    winners = {line["objective"]: line for line in rows_of(ROOT / profile.tuning)}
+    assert set(winners) == {row for row in profile.rows if not profile.rows[row].control}
+    for row, line in winners.items():
+        recipe = profile.rows[row].recipe
+        outer, _, inner = line["own parameter"].partition(".")
+        assert recipe["lr"] == float(line["lr"]) and (recipe[outer][inner] if inner else recipe[outer]) == float(line["value"])
+
+
+def test_the_search_gave_equal_budgets_and_never_saw_test_classes():
+    log = rows_of(ROOT / "figures/search/search_log.csv")
+    trials = {}
+    for line in log: trials.setdefault(line["objective"], []).append(float(line["lr"]))
+    assert len({tuple(sorted(v)) for v in trials.values()}) == 1 and len(trials) == 7      # the same learning rates for all
+    for r in load_records(ROOT / "figures/search"):
+        assert r.metrics and all(k.startswith("validation/") for k in r.metrics)
+        assert "embeddings.npz" not in r.files
