@@ -259,7 +259,7 @@ def project_files():
 
 
 SYSTEM = "work|tmp|root|opt"
-def machine(roots): return re.compile(rf"(?<![\w/.})\]*-])/(?:{roots})(?=[/\s\"'`:;,)]|$)", re.M)
+def machine(roots): return re.compile(r"(?<![\w/.})\]*-])/(?:" + roots + r")(?=[/\s\"'`:;,)]|$)", re.M)
 
 
 def test_no_machine_paths():
