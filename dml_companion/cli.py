@@ -11,13 +11,17 @@ __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', '
 # %% ../nbs/01_foundations/09_cli.ipynb #c02
 import os, signal, time
 from pathlib import Path
-from typing import Annotated, Optional
+from subprocess import Popen
+from typing import IO, TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+if TYPE_CHECKING:
+    from dml_companion.engine import Progress
+    from dml_companion.profiles import Plan
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c05
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -62,6 +66,7 @@ def make_plan(profile: str, data: str | None, device: str, figures: str | None):
 
 @app.callback(invoke_without_command=True)
 def version(version: VersionOption = False) -> None:
+    "Options that stand before the command."
     if version: say(f"dml-companion {__version__}"); raise typer.Exit()
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c07
@@ -69,7 +74,7 @@ COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "stale": "ye
            "interrupted": "yellow", "missing": "dim"}
 
 
-def overview(plan) -> Table: # plan: profiles.Plan
+def overview(plan: "Plan") -> Table:
     "A plan's jobs as a table, training runs of a row on one line."
     table = Table(box=None, pad_edge=False, title=None)
     for name in ("job", "state", "why"): table.add_column(name, overflow="fold")
@@ -81,7 +86,7 @@ def overview(plan) -> Table: # plan: profiles.Plan
     return table
 
 
-def counts(plan) -> str:
+def counts(plan: "Plan") -> str:
     "How many jobs are in which state, in words."
     states = [j.state for j in plan.jobs]
     return ", ".join(f"{states.count(s)} {s}" for s in COLOURS if s in states) or "no jobs"
@@ -110,7 +115,7 @@ def reproduce(profile: ProfileOption = "quick", data: DataOption = None, device:
     raise typer.Exit(code)
 
 
-def preview(plan, cores: int, root: Path) -> None:
+def preview(plan: "Plan", cores: int, root: Path) -> None:
     "Show what would run, and write the plan for those who call Snakemake themselves."
     from dml_companion import engine
     out.print(overview(plan))
@@ -119,7 +124,7 @@ def preview(plan, cores: int, root: Path) -> None:
     say(f"{len(plan.left())} of {len(plan.jobs)} notebooks would run, {engine.duration(seconds)}; plan: {plan.path()}")
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c11
-def run_plan(plan, cores: int, root: Path, lock) -> int: # exit code
+def run_plan(plan: "Plan", cores: int, root: Path, lock: IO) -> int: # exit code
     "Run, watch, report and publish."
     from dml_companion import engine
     if plan.left():
@@ -146,7 +151,7 @@ def polite_signals() -> None:
         if signal.getsignal(name) is signal.SIG_DFL: signal.signal(name, end)
 
 
-def report(plan, root: Path, log: Path) -> int: # exit code 1
+def report(plan: "Plan", root: Path, log: Path) -> int: # exit code 1
     "Say what failed, and where to read more."
     from dml_companion import engine
     broken, never = engine.failures(plan, root)
@@ -157,7 +162,7 @@ def report(plan, root: Path, log: Path) -> int: # exit code 1
     return 1
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c13
-def line_of(p) -> str: # p: engine.Progress
+def line_of(p: "Progress") -> str:
     "A look at the running plan in one line."
     from dml_companion import engine
     running = f"{len(p.running)} running ({'; '.join(p.running)})" if p.running else "0 running"
@@ -171,7 +176,7 @@ def bar(done: int, total: int, width: int = 24) -> str:
     return "━" * full + "╌" * (width - full)
 
 
-def watch(plan, process, cores: int, root: Path) -> None:
+def watch(plan: "Plan", process: Popen, cores: int, root: Path) -> None:
     "Show progress until Snakemake ends."
     from dml_companion import engine
     from rich.live import Live
@@ -189,7 +194,7 @@ def watch(plan, process, cores: int, root: Path) -> None:
             wait(process, .5)
 
 
-def wait(process, seconds: float) -> None:
+def wait(process: Popen, seconds: float) -> None:
     "Sleep, but wake when the process ends."
     import subprocess
     try: process.wait(seconds)

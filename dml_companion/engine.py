@@ -147,7 +147,7 @@ def is_front(pid: int, # process id
             ) -> bool:
     "Does the front end still live?"
     import psutil
-    try: return f"{psutil.Process(pid).create_time():.1f}" == born
+    try: process = psutil.Process(pid); return f"{process.create_time():.1f}" == born and process.status() != "zombie"
     except psutil.Error: return False
 
 
@@ -422,7 +422,9 @@ def reading_copy(source: Path, # the notebook as it is now
     return json.dumps({**prose, "cells": cells}, indent=1, ensure_ascii=False) + "\n"
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c36
-def manifest(job: Job, root: Path) -> dict: return read_json(beside(root / job.output, "manifest.json")) or {}
+def manifest(job: Job, root: Path) -> dict:
+    "What a finished job says that it wrote; empty before."
+    return read_json(beside(root / job.output, "manifest.json")) or {}
 
 
 def readable(plan: Plan) -> dict[str, Job]: # name of the reading copy -> job
