@@ -12,14 +12,15 @@ __all__ = ['BASIC', 'STATES', 'Strict', 'DataChoice', 'Row', 'Task', 'Search', '
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c02
 import ast, fcntl, os, re, sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dml_companion.reproduction import (Record, TRAIN_NOTEBOOK, canonical, cell_code, code_cells, complaint, digest,
-    file_digest, identify, load_record, nearest_name, notebook_digest, package_folder, project_root, read_json, relative,
-    style_of, train_digest)
+from .reproduction import (Record, TRAIN_NOTEBOOK, bound_names, canonical, cell_code, code_cells,
+    complaint, digest, file_digest, identify, load_record, nearest_name, notebook_digest, package_folder, project_root,
+    read_json, relative, style_of, train_digest)
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c05
 class Strict(BaseModel):
@@ -169,9 +170,15 @@ def load_profile(name: str, # "quick", or the path of a YAML file
 # %% ../nbs/01_foundations/07_profiles.ipynb #c16
 def check_objective(recipe: dict) -> None:
     "Build a recipe's objective once, to see that its name and options are known."
-    if not recipe.get("objective"): return
-    from dml_companion.objectives import make
-    make(recipe["objective"], 4, 8, **recipe.get("objective_options", {}))
+    from dml_companion.objective import locate, options, unknown
+    name, given = recipe.get("objective"), recipe.get("objective_options", {})
+    if not name: return
+    if name not in (places := locate()): raise unknown("objective", name, places)
+    module, found = places[name].split(":")
+    cls = getattr(import_module(module), found)
+    for option in given:
+        if option not in options(cls): raise unknown(f"option of {name}", option, options(cls))
+    cls(4, 8, **given)
 
 
 def checked_recipe(profile: Profile, row: str) -> dict: # complete, with all defaults
@@ -209,9 +216,8 @@ class Parameter(NamedTuple):
 BASIC = {"int", "float", "str", "bool", "list", "dict", "tuple"}
 
 
-def annotated(node: ast.expr | None) -> set[str]: # names of types, {"Any"} where we do not understand it
+def annotated(node: ast.expr) -> set[str]: # names of types, {"Any"} where we do not understand it
     "The types that an annotation such as `list[int] | None` allows, by their outermost names."
-    if node is None: return set()
     if isinstance(node, ast.BinOp): return annotated(node.left) | annotated(node.right)
     if isinstance(node, ast.Constant) and node.value is None: return {"NoneType"}
     if isinstance(node, ast.Subscript): node = node.value
@@ -219,16 +225,16 @@ def annotated(node: ast.expr | None) -> set[str]: # names of types, {"Any"} wher
 
 
 def parameters_of(notebook: str | Path) -> dict[str, Parameter]:
-    "The parameters of a notebook; empty if it has no cell tagged `parameters`."
+    "The parameters of a notebook; empty without a cell tagged `parameters`. One without an annotation may be None, too."
     found = {}
     cells = [c for c in code_cells(notebook) if "parameters" in c["tags"]][:1]
     for s in ast.parse("\n".join(cell_code(c["source"]) for c in cells)).body:
-        if not isinstance(s, (ast.Assign, ast.AnnAssign)) or s.value is None: continue
-        target = s.targets[0] if isinstance(s, ast.Assign) else s.target
-        try: kinds = {type(ast.literal_eval(s.value)).__name__} | annotated(getattr(s, "annotation", None))
+        if not bound_names(s) or getattr(s, "value", None) is None: continue
+        note = getattr(s, "annotation", None)
+        try: kinds = {type(ast.literal_eval(s.value)).__name__} | (annotated(note) if note else {"NoneType"})
         except ValueError: kinds = {"Any"}
-        free = "Any" in kinds or kinds == {"NoneType"}
-        found[target.id] = Parameter(ast.unparse(s.value), () if free else tuple(sorted(kinds)))
+        free = "Any" in kinds or kinds == {"NoneType"} or len(bound_names(s)) > 1
+        for name in bound_names(s): found[name] = Parameter(ast.unparse(s.value), () if free else tuple(sorted(kinds)))
     return found
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c20

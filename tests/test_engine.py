@@ -1,0 +1,388 @@
+"""Profiles, the engine and the command line (07_profiles, 08_engine, 09_cli), on a toy project of tiny notebooks."""
+import json, os, re, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dml_companion import cli, engine as E, profiles as P, reproduction as R
+from dml_companion.training import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A stand-in for 30_train: epochs that sleep, a checkpoint after each, a log of the epochs that were really computed.
+TRAIN = """import json, time
+from pathlib import Path
+from dml_companion import reproduction as R
+root = R.project_root()
+here, log, start = root / folder, root / f"{row}-{seed}.log", R.now()
+here.mkdir(parents=True, exist_ok=True)
+recipe = {name: globals()[name] for name in json.loads((root / "fields.json").read_text())}
+job = next(j for j in json.loads((root / "runs/plans/toy.json").read_text())["jobs"] if j["row"] == row and j["seed"] == seed)
+done = int((here / "checkpoint.pt").read_text()) if (here / "checkpoint.pt").exists() else 0
+for epoch in range(done, 4):
+    while epoch == 2 and (root / "hold").exists(): time.sleep(.1)
+    R.write_atomic(here / "checkpoint.pt", str(epoch + 1))
+    R.write_json_atomic(here / "progress.json", {"epoch": epoch + 1, "epochs": 4})
+    with open(log, "a") as f: f.write(f"{epoch + 1}\\n")"""
+RECORD = """run = R.identify(recipe, row, seed, job["data"], "nbs/train.ipynb")
+R.write_record(here, run=run.id, row=row, seed=seed, recipe=recipe, data={"name": "toy", "digest": job["data"]}, code=run.code,
+               metrics={"cosine/recall@1": encoder_options["width"] / 100}, provenance=R.provenance(start, "cpu"))"""
+TABLE = """from dml_companion import reproduction as R
+runs = R.load_records(records)
+R.save_table(R.result_table(runs, {"R@1": "cosine/recall@1"}, labels), "table", figures)"""
+
+
+def write_notebook(path, *cells):
+    "Code cells; a first line `# params` tags the cell."
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    for i, text in enumerate(cells):
+        tags = {"tags": ["parameters"]} if text.startswith("# params") else {}
+        nb.cells.append(nbformat.v4.new_code_cell(text, id=f"c{i}", metadata=tags))
+    return R.write_atomic(path, nbformat.writes(nb))
+
+
+def write_profile(root, **changes):
+    rows = {"small": {"recipe": {"epochs": 0, "encoder_options": {"width": 8}}}, "large": {"recipe": {"epochs": 0, "encoder_options": {"width": 16}}}}
+    profile = {"name": "toy", "data": {"name": "glyphs", "options": {"max_train_classes": 4, "max_test_classes": 4}}, "seeds": [0],
+               "rows": rows, "train": "nbs/train.ipynb", "notebooks": [{"notebook": "nbs/table.ipynb"}, {"notebook": "nbs/alone.ipynb"}]}
+    R.write_atomic(root / "workflow/profiles/toy.yaml", yaml.safe_dump({k: v for k, v in (profile | changes).items() if v is not None}))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    "A project with a training notebook, one that tabulates its runs, and one that stands alone."
+    monkeypatch.delenv("DML_ROOT", raising=False)
+    root = tmp_path / "a project"                           # a blank in the path, as people have
+    R.write_atomic(root / "settings.ini", "")
+    R.write_json_atomic(root / "fields.json", list(Recipe.model_fields))
+    R.write_atomic(root / "workflow/Snakefile", (ROOT / "workflow/Snakefile").read_text())
+    fields = "\n".join(f"{k} = {v!r}" for k, v in Recipe().model_dump(mode="json").items())
+    write_notebook(root / "nbs/train.ipynb", f"# params\nrow, seed = '', 0\nrow = ''\nseed = 0\ndata = ''\ndevice = ''\nfolder = ''\n{fields}", TRAIN, RECORD)
+    write_notebook(root / "nbs/table.ipynb", "# params\nrecords = []\nlabels = {}\nfigures = ''", TABLE)
+    write_notebook(root / "nbs/alone.ipynb", "# params\nx = 1", "print(x)", "assert x < 5, 'x is too large'")
+    write_profile(root)
+    return root
+
+
+def environment(): return {k: v for k, v in os.environ.items() if k != "DML_ROOT"} | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def begin(root, *words):
+    "Start the command in the background."
+    return subprocess.Popen([sys.executable, "-m", "dml_companion.cli", *words], cwd=root, env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def command(root, *words):
+    "Run the command; exit code, standard output, standard error."
+    process = begin(root, *words)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def command_here(root, monkeypatch, *words):
+    "The same in this process, without the price of another interpreter."
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("DML_ROOT", str(root))
+    monkeypatch.setattr(cli.out, "width", 200)
+    result = CliRunner().invoke(cli.app, words)
+    return result.exit_code, result.output
+
+
+def until(condition, seconds=90):
+    "Wait for something to become true."
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(.05)
+    return value
+
+
+def outputs(root): return {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("*.ipynb")}
+def states(root): return {j.title: j.state for j in P.plan("toy", root=root).jobs}
+def edit(path, old, new): assert old in path.read_text(); R.write_atomic(path, path.read_text().replace(old, new))
+
+# ---------------------------------------------------------------- the whole way
+
+
+def test_a_project_from_nothing_to_published_and_after_edits(root, monkeypatch):
+    code, out, err = command(root, "reproduce", "--profile", "toy", "--cores", "2")
+    assert code == 0, out + err
+    assert "4 missing; running 4 of 4 notebooks on 2 cores" in out and "all 4 notebooks are done" in out
+    figures = root / "figures/toy"
+    assert "| large | 1 | 0.160 (n=1) |" in (figures / "table.md").read_text()
+    names = {p.relative_to(figures).as_posix() for p in figures.rglob("*.*")}
+    assert {"table.csv", "table.md", "README.md", "provenance.json", "notebooks/table.ipynb", "notebooks/alone.ipynb",
+            "notebooks/train-small-s0.ipynb"} <= names and len([n for n in names if n.startswith("records/")]) == 2
+    text = (figures / "provenance.json").read_text()
+    found = json.loads(text)
+    assert len(found["runs"]) == 2 and found["versions"][0]["torch"] and str(root) not in text
+    for name, sha in found["files"].items(): assert R.file_digest(figures / name) == sha
+    for copy in figures.glob("notebooks/*.ipynb"): assert str(root) not in copy.read_text()
+
+    before, published = outputs(root), {p: p.stat().st_mtime_ns for p in figures.rglob("*.*")}
+    start = time.monotonic()
+    code, out, err = command(root, "reproduce", "--profile", "toy")
+    assert code == 0 and "running" not in out and time.monotonic() - start < 30
+    assert outputs(root) == before and {p: p.stat().st_mtime_ns for p in figures.rglob("*.*")} == published
+
+    edit(root / "nbs/table.ipynb", "R.save_table", "print(len(runs));R.save_table")                        # a plotting edit
+    assert states(root) == {"small, seed 0": "finished", "large, seed 0": "finished", "table": "stale", "alone": "finished"}
+    assert "1 of 4 notebooks would run" in command_here(root, monkeypatch, "reproduce", "--profile", "toy", "--dry-run")[1]
+    assert outputs(root) == before                                                                            # a dry run runs nothing
+    assert command(root, "reproduce", "--profile", "toy")[0] == 0
+    after = outputs(root)
+    assert {p.parent.name for p in set(after) - set(before)} == {"toy"} and all(after[p] == t for p, t in before.items())
+
+    (figures / "table.csv").write_text("edited by hand")
+    assert states(root)["table"] == "changed"
+    write_profile(root, rows={"small": {"recipe": {"epochs": 0, "encoder_options": {"width": 4}}},
+                              "large": {"recipe": {"epochs": 0, "encoder_options": {"width": 16}}}})
+    jobs = {j.title: (j.state, j.why) for j in P.plan("toy", root=root).jobs}
+    assert jobs["small, seed 0"] == ("stale", "recipe changed: encoder_options") and jobs["large, seed 0"][0] == "finished"
+    assert jobs["table"][0] == "stale" and jobs["alone"][0] == "finished"
+    code, out = command_here(root, monkeypatch, "status", "--profile", "toy")
+    assert code == 0 and "2 finished, 2 stale" in out
+
+
+def test_kill_in_the_middle_then_the_same_command(root):
+    R.write_atomic(root / "hold", "")
+    front = begin(root, "reproduce", "--profile", "toy", "--cores", "2")
+    log = root / "small-0.log"
+    until(lambda: log.exists() and log.read_text().count("\n") == 2)
+    family = psutil.Process(front.pid).children(recursive=True)
+    assert "running" in states(root).values() and len(family) >= 4
+
+    code, out, err = command(root, "reproduce", "--profile", "toy")                                           # a second at once
+    assert code == 2 and f"process {front.pid}" in err and "another reproduce" in err
+
+    front.kill()
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 15)       # no orphans
+    assert front.wait() == -signal.SIGKILL
+    small = [j for j in P.plan("toy", root=root).jobs if j.title == "small, seed 0"][0]
+    assert small.state == "interrupted" and not (root / small.output).exists()
+
+    (root / "hold").unlink()
+    code, out, err = command(root, "reproduce", "--profile", "toy", "--cores", "2")
+    assert code == 0, out + err
+    assert log.read_text().split() == ["1", "2", "3", "4"]                                                    # no epoch twice
+    assert set(states(root).values()) == {"finished"}
+
+
+def test_a_failing_notebook_is_named_and_the_others_finish(root, monkeypatch):
+    edit(root / "nbs/train.ipynb", "done = int", "assert row != 'small', 'small is not [supported]'\\ndone = int")
+    code, out, err = command(root, "reproduce", "--profile", "toy", "--cores", "2")
+    assert code == 1
+    assert re.search(r"FAILED small, seed 0: nbs/train.ipynb, cell 2 of 3, line 9", err)
+    assert "AssertionError: small is not [supported]" in err and "> assert row != 'small'" in err
+    assert "not run because of that: table" in err and "2 of 4 notebooks are done" in err
+    copy = root / re.search(r"executed copy: (\S+)", err)[1]
+    assert copy.name == "notebook.failed.ipynb" and "small is not [supported]" in copy.read_text()
+    assert (root / re.search(r"    log: (\S+)", err)[1]).is_file()
+    assert states(root) == {"small, seed 0": "failed", "large, seed 0": "finished", "table": "missing", "alone": "finished"}
+    assert "small is not [supported]" in command_here(root, monkeypatch, "status", "--profile", "toy")[1]
+
+    edit(root / "nbs/train.ipynb", "assert row != 'small', 'small is not [supported]'\\n", "")
+    code, out, err = command(root, "reproduce", "--profile", "toy", "--cores", "2")
+    assert code == 0 and not list((root / "runs").rglob("*.part*"))
+
+
+def test_ctrl_c_stops_everything_and_keeps_what_is_done(root):
+    write_notebook(root / "nbs/slow.ipynb", "import time", "time.sleep(60)")
+    write_profile(root, rows=None, seeds=None, data=None, notebooks=[{"notebook": "nbs/alone.ipynb"}, {"notebook": "nbs/slow.ipynb"}])
+    front = begin(root, "reproduce", "--profile", "toy", "--cores", "2")
+    until(lambda: states(root) == {"alone": "finished", "slow": "running"})
+    family = psutil.Process(front.pid).children(recursive=True)
+    front.send_signal(signal.SIGINT)
+    out, err = front.communicate(timeout=30)
+    assert front.returncode == 130 and "the same command goes on" in err and "Traceback" not in out + err
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 15)
+    assert states(root) == {"alone": "finished", "slow": "missing"}
+
+
+def test_code_that_changes_under_a_run_is_not_sealed(root):
+    "The record carries the id of the code that ran; under another name it must not count as finished."
+    plan = P.plan("toy", root=root)
+    R.write_json_atomic(root / plan.path(), plan.model_dump())
+    edit(root / "nbs/train.ipynb", "done = int", "surprise = 1\\ndone = int")
+    done = subprocess.run([sys.executable, "-m", "dml_companion.cli", "job", plan.path(), plan.jobs[0].id], cwd=root,
+                          env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and "changed while the run went on" in done.stderr
+    assert P.judge(plan.jobs[0], root)[0] == "failed"
+
+# ---------------------------------------------------------------- input that is wrong
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"sedes": [0]}, "unknown key 'sedes', did you mean 'seeds'"),
+    ({"resources": {"runs_per_gpus": 1}}, "did you mean 'runs_per_gpu'"),
+    ({"rows": {"a": {"recipe": {"epochs": 0, "encodr": "convnet"}}}}, "row 'a': unknown Recipe key 'encodr'"),
+    ({"rows": {"a": {"recipe": {"objective": "sncaa"}}}}, "did you mean 'snca'"),
+    ({"rows": {"a": {"recipe": {"objective": "snca", "objective_options": {"tau": 1}}}}}, "row 'a': unknown option of snca"),
+    ({"rows": {"a": {"recipe": {"lr": -1}}}}, "row 'a': lr"),
+    ({"rows": {"a b": {}}}, "letters, digits and _"),
+    ({"seeds": []}, "needs seeds"), ({"seeds": [1, 1]}, "given twice"), ({"data": None}, "rows need data"),
+    ({"base": {"threads": 2}}, "resources.threads_per_run"),
+    ({"notebooks": [{"notebook": "nbs/alone.ipynb", "parameters": {"y": 1}}]}, "has no parameter 'y' It has: x"),
+    ({"notebooks": [{"notebook": "nbs/alone.ipynb", "parameters": {"x": "1"}}]}, "is str, but must be NoneType or int"),
+    ({"notebooks": [{"notebook": "nbs/none.ipynb"}]}, "there is no notebook"),
+    ({"notebooks": [{"notebook": "nbs/table.ipynb", "rows": ["smal"]}]}, "did you mean 'small'"),
+    ({"notebooks": [{"notebook": "nbs/alone.ipynb"}] * 2}, "asks twice"),
+    ({"train": "nbs/alone.ipynb"}, "alone.ipynb has no parameter"),
+    ({"search": {"trials": 2, "space": {"small": {"lr": [.1, 1, "log"]}}}}, "'large' is in one only")])
+def test_a_bad_profile_is_refused_before_any_work(root, change, words, capsys):
+    write_profile(root, **change)
+    words = re.sub(r" It has", ". It has", words)
+    with pytest.raises(ValueError, match=re.escape(words)): P.plan("toy", root=root)
+    assert not (root / "runs").exists()
+
+
+def test_bad_input_ends_the_command_with_code_2_and_one_sentence(root):
+    for words, says in ((["status", "--profile", "tox"], "unknown profile 'tox', did you mean 'toy'? Known: toy"),
+                        (["reproduce", "--profile", "toy", "--device", "tpu"], "unknown device 'tpu'")):
+        code, out, err = command(root, *words)
+        assert code == 2 and err.startswith("error: ") and says in err and err.count("\n") == 1
+    code, out, err = command(root.parent, "status")
+    assert code == 2 and "settings.ini" in err
+
+
+def test_yaml_with_a_key_twice_is_refused(tmp_path):
+    path = R.write_atomic(tmp_path / "x.yaml", "a: 1\nb: {c: 1, c: 2}\n")
+    with pytest.raises(ValueError, match="'c' is given twice"): P.read_yaml(path)
+    R.write_atomic(path, "a: [")
+    with pytest.raises(ValueError, match="not YAML"): P.read_yaml(path)
+
+
+def test_every_profile_of_the_project_is_valid():
+    for name in P.profile_names(ROOT):
+        profile = P.load_profile(name, ROOT)
+        P.check_notebooks(profile, P.checked_recipes(profile), {}, ROOT)
+
+
+def test_parameters_are_read_from_the_cell(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", "# params\na = 1\nb: float = 2\nc: list[int] | None = None\nd = None\ne = -1.5\nf = 2 ** 3\ng = {}")
+    kinds = {k: p.kinds for k, p in P.parameters_of(path).items()}
+    assert kinds == {"a": ("NoneType", "int"), "b": ("float", "int"), "c": ("NoneType", "list"), "d": (),
+                     "e": ("NoneType", "float"), "f": (), "g": ("NoneType", "dict")}
+    P.check_parameters(path, {"a": None, "b": 1, "c": [1], "d": "x", "e": 2, "f": "y", "g": {"k": 1}})
+    for bad in ({"a": 1.5}, {"a": True}, {"b": None}, {"c": 1}, {"g": []}):
+        with pytest.raises(ValueError, match="must be"): P.check_parameters(path, bad)
+
+
+def test_a_search_gives_every_row_the_same_points():
+    space = {"lr": (.01, 1., "log"), "objective_options.margin": (0., 1., "linear")}
+    profile = P.Profile(name="s", rows={"a": P.Row(recipe={"objective_options": {"squared": True}}), "b": P.Row()},
+                        search=P.Search(trials=6, space={"a": space, "b": space}))
+    rows = P.with_trials(profile).rows
+    assert list(rows) == [f"{r}_t{k}" for r in "ab" for k in range(6)]
+    for k in range(6): assert rows[f"a_t{k}"].recipe["lr"] == rows[f"b_t{k}"].recipe["lr"]
+    lrs = [rows[f"a_t{k}"].recipe["lr"] for k in range(6)]
+    assert .01 < min(lrs) < .05 and .2 < max(lrs) < 1 and len(set(lrs)) == 6
+    assert rows["a_t0"].recipe["objective_options"]["squared"] is True and profile.rows["a"].recipe == {"objective_options": {"squared": True}}
+
+# ---------------------------------------------------------------- single parts
+
+
+def test_execute_reports_the_cell_the_line_and_the_error(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", "# params\nx = 0", "import os, signal", "if x: os.kill(os.getpid(), signal.SIGKILL)\ny = 1\n1 / x")
+    with pytest.raises(E.NotebookFailed) as failed: E.execute(path, tmp_path / "out.ipynb", {"x": 0}, tmp_path)
+    error = R.read_json(tmp_path / "out.error.json")
+    assert error == failed.value.args[0] and (error["cell"], error["cells"], error["line"], error["ename"]) == (3, 3, 3, "ZeroDivisionError")
+    assert error["code"] == "1 / x" and (tmp_path / "out.failed.ipynb").is_file() and not (tmp_path / "out.ipynb").exists()
+    with pytest.raises(E.NotebookFailed, match="Kernel died"): E.execute(path, tmp_path / "out.ipynb", {"x": 1}, tmp_path)
+    with pytest.raises(ValueError, match="no parameter 'z'"): E.execute(path, tmp_path / "out.ipynb", {"z": 1}, tmp_path)
+
+
+def test_locks_vanish_with_their_process(tmp_path):
+    code = f"import time; from dml_companion.engine import locked\nwith locked(__import__('pathlib').Path({str(tmp_path / 'l')!r})): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n" and P.is_locked(tmp_path / "l") and R.read_json(tmp_path / "l")["pid"] == holder.pid
+    holder.kill(); holder.wait()
+    assert not P.is_locked(tmp_path / "l")
+
+
+def toy_plan(**changes):
+    base = dict(parameters={}, notebook="n.ipynb", log="")
+    jobs = [P.Job(id=f"t{i}", kind="train", title=f"row, seed {i}", output=f"runs/train/d/row/s{i}-0123456789ab/notebook.ipynb", **base) for i in range(4)]
+    jobs += [P.Job(id="n", kind="notebook", title="n", output="runs/notebooks/p/n-0123456789ab.ipynb", after=[j.output for j in jobs], **base)]
+    return P.Plan(**dict(profile="p", jobs=jobs, device="cpu", gpus=0, runs_per_gpu=2, threads=1, figures="f", minutes=5.) | changes)
+
+
+def test_time_left_learns_from_what_jobs_took(tmp_path):
+    plan = toy_plan()
+    assert E.time_left(plan, tmp_path, 2, plan.jobs, {}) == pytest.approx(300)                            # the profile's own word
+    assert E.time_left(toy_plan(minutes=None), tmp_path, 2, plan.jobs, {}) is None
+    R.write_json_atomic(P.beside(tmp_path / plan.jobs[0].output, "manifest.json"), {"seconds": 20})
+    assert E.time_left(plan, tmp_path, 2, plan.jobs[1:4], {}) == pytest.approx(30)                        # three of 20 s on two cores
+    assert E.time_left(plan, tmp_path, 2, [], {"t1": 15.}) == pytest.approx(5)
+    R.write_json_atomic((tmp_path / plan.jobs[1].output).parent / "progress.json", {"epoch": 1, "epochs": 4})
+    (tmp_path / P.beside(plan.jobs[0].output, "manifest.json")).unlink()
+    assert E.time_left(plan, tmp_path, 2, [], {"t1": 10.}) == pytest.approx(30)                           # one epoch of four took 10 s
+    assert E.time_left(toy_plan(gpus=1, runs_per_gpu=3), tmp_path, 16, plan.jobs[:3], {}) == pytest.approx(120)
+
+
+def test_the_command_line_for_snakemake_keeps_gpus_to_their_slots():
+    assert "gpu_slots=6" in E.snakemake_command(toy_plan(gpus=2, runs_per_gpu=3), 8)
+    assert "--resources" not in E.snakemake_command(toy_plan(), 8)
+
+
+def test_failures_without_an_error_file_quote_the_log(tmp_path):
+    plan = toy_plan()
+    for job in plan.jobs: job.log = f"{job.id}.log"
+    R.write_atomic(tmp_path / "t0.log", "a\nKilled\n")
+    broken, never = E.failures(plan, tmp_path)
+    assert len(broken) == 1 and "ended without a word" in broken[0] and "| Killed" in broken[0] and "t0.log" in broken[0]
+    assert never == ["row, seed 1", "row, seed 2", "row, seed 3", "n"]
+
+
+def test_reading_copies_hold_no_folders_progress_bars_or_kernel_chatter(tmp_path):
+    secrets = {"/home/me/project": "./", "/home/me": "~/"}
+    stream = {"output_type": "stream", "name": "stderr", "text": "[IPKernelApp] WARNING | x\n 50%|█████     | 1/2\nat /home/me/project/a.py and /home/men\n"}
+    assert E.clean_output(stream, secrets)["text"] == "at ./a.py and /home/men\n"
+    assert E.clean_output({**stream, "text": "[IPKernelApp] WARNING | x\n"}, secrets) is None
+    data = {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": ["/home/me/x"]}, "metadata": {"a": 1}}
+    assert E.clean_output(data, secrets) == {"output_type": "display_data", "data": {"text/plain": "~/x"}, "metadata": {}}
+
+
+def test_prose_may_change_without_running_again(root):
+    source = root / "nbs/alone.ipynb"
+    E.execute("nbs/alone.ipynb", "ran.ipynb", {"x": 3}, root)
+    digest = R.notebook_digest(source)
+    nb = nbformat.read(source, 4)
+    nb.cells.insert(1, nbformat.v4.new_markdown_cell("Now explained.", id="prose"))
+    nbformat.write(nb, source)
+    assert R.notebook_digest(source) == digest
+    cells = json.loads(E.reading_copy(source, root / "ran.ipynb", root))["cells"]
+    assert [c["cell_type"] for c in cells] == ["code", "code", "markdown", "code", "code"] and cells[3]["outputs"][0]["text"] == "3\n"
+
+
+def test_two_notebooks_that_write_the_same_figure_are_an_error(tmp_path):
+    plan = toy_plan()
+    plan.jobs = [plan.jobs[-1].model_copy(update={"title": t, "output": f"runs/{t}.ipynb"}) for t in "ab"]
+    for t in "ab": R.write_json_atomic(tmp_path / f"runs/{t}.manifest.json", {"files": {"f/x.svg": "0"}})
+    with pytest.raises(ValueError, match="a and b both wrote x.svg"): E.figure_files(plan, tmp_path)
+
+
+def test_help_is_quick_and_leaves_torch_alone():
+    code = "import sys; from dml_companion import cli; print(*[m for m in ('torch', 'numpy', 'pandas', 'papermill', 'snakemake') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ""
+    def seconds(word):
+        start = time.perf_counter()
+        out = subprocess.run([sys.executable, "-m", "dml_companion.cli", word], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert ("reproduce" if word == "--help" else "dml-companion 0.") in out
+        return time.perf_counter() - start
+    for word in ("--help", "--version"): assert min(seconds(word) for _ in range(5)) < .7
+
+
+def test_objectives_are_listed_with_their_options(root, monkeypatch):
+    code, out = command_here(root, monkeypatch, "objectives")
+    assert code == 0 and "temperature" in out
+    for name in ("cross_entropy", "normalized_softmax", "center", "contrastive", "snca", "multi_similarity"): assert name in out
+
+
+def test_the_snakefile_is_short():
+    assert len((ROOT / "workflow/Snakefile").read_text().splitlines()) <= 60
