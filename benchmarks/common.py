@@ -1,10 +1,13 @@
 """Shared by the benchmarks: interleaved timing, and one way to write results with the machine they came from."""
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+
+LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")   # of the last minute, before we begin
 
 
 def interleaved(contenders: dict[str, Callable[[], object]], # name -> what to time
@@ -35,7 +38,8 @@ def machine_lines() -> list[str]:
     versions = ", ".join(f"{name} {installed[name]}" for name in shown if name in installed)
     return [f"- {p['cpu']}, {p['cores']} cores seen, {p['threads']} torch threads; {', '.join(p['gpus']) or 'no GPU'}",
             f"- Python {p['python']}, {versions}",
-            f"- {p['end'][:10]}, commit {str(p.get('commit', ''))[:12]}"]
+            f"- {p['end'][:10]}, commit {str(p.get('commit', ''))[:12]}; load average before: {LOAD:.1f}"
+            f"{', so other work disturbed these numbers' if LOAD > 1 else ''}"]
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Gradient', 'Rule', 'CATALOGUE', 'PACKAGE', 'Parts', 'check_batch', 'options', 'Objective', 'check_positive',
            'check_fraction', 'unknown', 'check_choice', 'closed_form', 'similarity_gradient', 'unit_rows',
-           'check_sizes', 'LinearClassifier', 'Entry', 'register', 'loss_modules', 'catalogue', 'locate']
+           'check_sizes', 'check_labels', 'LinearClassifier', 'Entry', 'register', 'loss_modules', 'catalogue',
+           'locate']
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c02
 import ast, pkgutil
@@ -188,6 +189,14 @@ def check_sizes(name: str, # of the objective, for the message
     if not num_classes or not dim:
         raise ValueError(f"{name} owns one vector a class: give num_classes and dim, got {num_classes} and {dim}")
 
+def check_labels(labels: Tensor, # (n,) int64
+                 num_classes: int) -> None: # accepted: 0 .. num_classes - 1
+    "ValueError for a label out of range, on a CPU; a GPU is not made to wait for the answer."
+    if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, "
+                         f"but there are {num_classes} classes: 0 to {num_classes - 1}")
+
+# %% ../nbs/01_foundations/04_objective.ipynb #c33
 class LinearClassifier(Objective):
     "An objective with a linear classifier, started at zero; a subclass defines `split`."
     param_kind = {"weight": "classifier", "bias": "classifier"}
@@ -204,7 +213,7 @@ class LinearClassifier(Objective):
         bias = None if self.bias is None else self.bias.to(embeddings.dtype)
         return nn.functional.linear(embeddings, self.weight.to(embeddings.dtype), bias)
 
-# %% ../nbs/01_foundations/04_objective.ipynb #c36
+# %% ../nbs/01_foundations/04_objective.ipynb #c37
 class Entry(NamedTuple):
     "One row of the catalogue."
     name: str # as in a recipe
@@ -230,7 +239,7 @@ def register(name: str, # snake_case name used in recipes
         return cls
     return add
 
-# %% ../nbs/01_foundations/04_objective.ipynb #c40
+# %% ../nbs/01_foundations/04_objective.ipynb #c41
 PACKAGE = "dml_companion.losses"
 
 def loss_modules() -> list[str]: # dotted names

@@ -422,6 +422,8 @@ def test_every_option_changes_the_loss(name):
     (lambda: objectives.make("cross_entropy", 3, 2, label_smoothing=1.), ["label_smoothing", "1.0"]),
     (lambda: objectives.make("cross_entropy", 3, 2, smoothing="uniform"), ["smoothing 'uniform'", "paper", "torch"]),
     (lambda: CrossEntropy(3, 2)(torch.ones(2, 2), torch.tensor([0, 3])), ["3", "0 to 2"]),
+    (lambda: CenterLoss(3, 2)(torch.ones(2, 2), torch.tensor([-1, 0])), ["-1", "0 to 2"]),
+    (lambda: NormalizedSoftmax(3, 2)(torch.ones(2, 2), torch.tensor([9, 0])), ["9", "0 to 2"]),
     (lambda: SNCALoss()(torch.ones(3), torch.arange(3)), ["(n, d)", "(3,)"]),
     (lambda: SNCALoss()(torch.ones(3, 2).long(), torch.arange(3)), ["floating point", "int64"]),
     (lambda: SNCALoss()(torch.ones(3, 2), torch.ones(3)), ["integers", "float32"]),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from ..objective import (LinearClassifier, Objective, Parts, check_choice, check_fraction, check_positive,
-                                     check_sizes, closed_form, register, unit_rows)
+                                     check_labels, check_sizes, closed_form, register, unit_rows)
 
 # %% ../../nbs/03_objectives/22_classification.ipynb #c08
 def logit_gradient(smoothing: float, # weight of the uniform distribution in the target
@@ -41,10 +41,8 @@ def softmax_parts(logits: Tensor, # (n, K)
                   labels: Tensor, # (n,) int64 in 0..K-1
                   smoothing: float = 0., # weight of the uniform distribution in the target, torch's convention
                  ) -> Parts:
-    "Cross-entropy of logits in two parts, eq. (1). On a CPU a ValueError names a label out of range."
-    if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
-        raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, "
-                         f"but there are {logits.shape[1]} classes: 0 to {logits.shape[1] - 1}")
+    "Cross-entropy of logits in two parts, eq. (1); ValueError for a label out of range (on a CPU)."
+    check_labels(labels, logits.shape[1])
     return closed_form(logits, partial(logit_rule, labels, smoothing))
 
 # %% ../../nbs/03_objectives/22_classification.ipynb #c12

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from ..geometry import centre, class_counts, class_means, pair_masks
 from ..objective import (Gradient, LinearClassifier, Objective, Parts, check_choice, check_fraction,
-                                     check_positive, closed_form, register, similarity_gradient, unit_rows)
+                                     check_labels, check_positive, closed_form, register, similarity_gradient, unit_rows)
 
 # %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c08
 def own_class_sizes(labels: Tensor, # (n,) int64
@@ -96,7 +96,7 @@ class ContrastiveLoss(PairLoss):
         if not positive_margin >= 0: raise ValueError(f"positive_margin must be >= 0, got {positive_margin}")
         self.margin, self.positive_margin, self.squared, self.reduction = margin, positive_margin, squared, reduction
 
-    def rule(self, labels, sizes, z):
+    def rule(self, labels: Tensor, sizes: Tensor, z: Tensor):
         "Distances once, then each kind of pair in place."
         (positives, negatives), a, power = pair_masks(labels), z - centre(z), 2 if self.squared else 1
         distances = distance_table(a)
@@ -106,7 +106,7 @@ class ContrastiveLoss(PairLoss):
         contrast, spread = hinges(near, negatives, distances, power, self.reduction)
         return tightness, contrast, distance_gradient, (a, tight, spread.neg_())
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c30
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c28
 def move_centers(centers: Tensor, # (K, d) changed in place
                  seen: Tensor, # (K,) bool, changed in place
                  x: Tensor, # (n, d)
@@ -119,7 +119,7 @@ def move_centers(centers: Tensor, # (K, d) changed in place
     centers.add_((step * (class_means(x, labels, len(centers)) - centers)).to(centers.dtype))
     seen.logical_or_(counts[:, 0] > 0)
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c31
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c29
 @register("center", "pairwise", "Wen et al. 2016", own=("classifier", "proxies"))
 class CenterLoss(LinearClassifier):
     "Springs to the class centres (tightness, weighted) and a linear cross-entropy, started at zero (contrast)."
@@ -153,13 +153,14 @@ class CenterLoss(LinearClassifier):
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "Springs, and the classifier's cross-entropy."
+        check_labels(labels, self.num_classes)
         self.counts = lonely(own_class_sizes(labels))
         x = unit_rows(embeddings) if self.normalize else embeddings
         springs = (x - self.own_centers(x, labels)).square().sum(1)
         contrast = F.cross_entropy(self.logits(embeddings), labels, label_smoothing=self.label_smoothing)
         return Parts(self.center_weight * .5 * getattr(springs, self.reduction)(), contrast)
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c40
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c38
 def soft_rows(scores: Tensor, # (n, n), overwritten
               mask: Tensor | None, # (n, n) bool, which pairs take part; None: all
               spare: Tensor | float, # (n,) or number: the score written on the diagonal
@@ -173,7 +174,7 @@ def soft_rows(scores: Tensor, # (n, n), overwritten
     slopes.diagonal().mul_(share)
     return value, slopes
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c42
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c40
 def anchor_weights(valid: Tensor, # (n,) bool
                    reduction: str, # "anchor": 1/n each; "valid": shared among the valid ones
                    like: Tensor, # dtype and device
@@ -182,7 +183,7 @@ def anchor_weights(valid: Tensor, # (n,) bool
     if reduction == "anchor": return torch.full((len(valid),), 1 / len(valid), dtype=like.dtype, device=like.device)
     return valid.to(like.dtype) / valid.sum().clamp_min(1)
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c43
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c41
 @register("snca", "pairwise", "Wu et al. 2018")
 class SNCALoss(PairLoss):
     "-log of the chance to walk to the own class under a softmax over cosines (Boudiaf et al. 2020, Table 2)."
@@ -195,7 +196,7 @@ class SNCALoss(PairLoss):
         check_positive(temperature=temperature); check_choice(("anchor", "valid"), reduction=reduction)
         self.temperature, self.self_pairs, self.reduction = temperature, self_pairs, reduction
 
-    def rule(self, labels, sizes, z):
+    def rule(self, labels: Tensor, sizes: Tensor, z: Tensor):
         "Two softmaxes over one matrix."
         scores, (positives, _) = (z @ z.T).div_(self.temperature), pair_masks(labels)
         some = sizes > 1
@@ -206,7 +207,7 @@ class SNCALoss(PairLoss):
         slope = (w / self.temperature)[:, None]
         return -w @ near, w @ all_, similarity_gradient, (z, tight.mul_(-slope), spread.mul_(slope))
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c48
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c46
 def ms_pairs(similarities: Tensor, # (n, n)
              positives: Tensor, negatives: Tensor, # (n, n) bool
              epsilon: float, # slack in similarity; the larger, the more pairs
@@ -216,7 +217,7 @@ def ms_pairs(similarities: Tensor, # (n, n)
     hardest = torch.where(negatives, similarities, -torch.inf).amax(1, keepdim=True)
     return positives & (similarities < hardest + epsilon), negatives & (similarities > easiest - epsilon)
 
-# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c49
+# %% ../../nbs/02_theory/11_pairwise_losses.ipynb #c47
 @register("multi_similarity", "pairwise", "Wang et al. 2019")
 class MultiSimilarityLoss(PairLoss):
     "Smooth maxima over too-far positives and too-near negatives (Boudiaf et al. 2020, Table 2)."
@@ -234,7 +235,7 @@ class MultiSimilarityLoss(PairLoss):
         self.alpha, self.beta, self.threshold, self.mining = alpha, beta, threshold, mining
         self.self_pairs, self.reduction = self_pairs, reduction
 
-    def rule(self, labels, sizes, z):
+    def rule(self, labels: Tensor, sizes: Tensor, z: Tensor):
         "Two softmaxes, the diagonal being the 1 of log(1 + ...)."
         similarities, (positives, negatives) = z @ z.T, pair_masks(labels)
         if self.mining is not None: positives, negatives = ms_pairs(similarities, positives, negatives, self.mining)
