@@ -138,7 +138,7 @@ def _values(space: _Space, rows: slice, scores: Tensor) -> Tensor: # (r, k)
     return torch.where(squares > noise, squares, 0).sqrt() * space.scale
 
 # %% ../nbs/01_foundations/03_retrieval.ipynb #c29
-_TILE = 16384   # gallery rows scored at once: with 256 queries a buffer of 17 MB
+_TILE = 32768   # gallery rows scored at once: with 256 queries a buffer of 34 MB
 
 @full_precision
 def _score(queries: Tensor, gallery: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def search(queries: Tensor | ArrayLike, # (n, d) float: tensor, array or nested 
            k: int, # how many neighbours
            gallery: Tensor | ArrayLike | None = None, # (m, d); default: queries search each other, self left out
            metric: str = "cosine", # or "euclidean"
-           chunk: int | None = None, # queries scored at once, memory chunk * min(m, 16384) floats; 256, on a GPU 4096
+           chunk: int | None = None, # queries scored at once, memory chunk * min(m, 32768) floats; 256, on a GPU 4096
            backend: str = "torch", # or "faiss"
           ) -> Iterator[tuple[slice, Tensor, Tensor]]: # (rows, scores (r, k), columns (r, k)), chunk by chunk
     "Exact neighbours, a chunk of queries at a time; see `nearest`. Arguments are checked before the first chunk."
