@@ -428,12 +428,12 @@ def manifest(job: Job, root: Path) -> dict:
 
 
 def readable(plan: Plan) -> dict[str, Job]: # name of the reading copy -> job
-    "The notebooks that a reader gets: all that are not training, and the first seed of every row."
+    "The notebooks that a reader gets: all that are not training, and the first seed of every row; of a search's trials, none."
     chosen, rows = {}, set()
     for job in plan.jobs:
         name = stem = Path(job.notebook).stem
         if job.kind == "train":
-            if job.row in rows: continue
+            if job.row in rows or job.parameters.get("evaluate_on") == "validation": continue
             rows.add(job.row); name = f"{stem}-{job.row}-s{job.seed}"
         while name in chosen: name += "-again"
         chosen[name] = job
