@@ -370,7 +370,9 @@ def failures(plan: Plan, root: Path) -> tuple[list[str], list[str]]: # failed jo
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c33
 KEEP = ("text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/svg+xml")
-NOISE = re.compile(r"^\[IPKernelApp\].*\n?|^.*\d+%\|[█▏▎▍▌▋▊▉ #0-9]*\|.*\n?", re.M) # kernel chatter, progress bars
+NOISE = re.compile(r"^\[IPKernelApp\].*\n?" # kernel chatter
+                   r"|^.*\d+%\|[█▏▎▍▌▋▊▉ #0-9]*\|.*\n?" # progress bars
+                   r"|^.*TqdmWarning: IProgress not found.*\n(?: .*\n?)?", re.M) # a notebook without widgets
 
 
 def clean_text(value: Any, # a string or a list of lines

@@ -344,6 +344,8 @@ def test_reading_copies_hold_no_folders_progress_bars_or_kernel_chatter(tmp_path
     stream = {"output_type": "stream", "name": "stderr", "text": "[IPKernelApp] WARNING | x\n 50%|█████     | 1/2\nat /home/me/project/a.py and /home/men\n"}
     assert E.clean_output(stream, secrets)["text"] == "at ./a.py and /home/men\n"
     assert E.clean_output({**stream, "text": "[IPKernelApp] WARNING | x\n"}, secrets) is None
+    tqdm = "/x/tqdm/auto.py:21: TqdmWarning: IProgress not found. Please update jupyter\n  from .autonotebook import tqdm as notebook_tqdm\nkept\n"
+    assert E.clean_output({**stream, "text": tqdm}, secrets)["text"] == "kept\n"
     data = {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": ["/home/me/x"]}, "metadata": {"a": 1}}
     assert E.clean_output(data, secrets) == {"output_type": "display_data", "data": {"text/plain": "~/x"}, "metadata": {}}
 

@@ -26,7 +26,7 @@ def test_python_blocks_run(code, tmp_path):
     rng = np.random.default_rng(0)
     for name in ("cats", "dogs", "two words", "žluťoučký"):
         (tmp_path / "my_photos" / name).mkdir(parents=True)
-        for i in range(4): Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "my_photos" / name / f"{i}.png")
+        for i in range(6): Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "my_photos" / name / f"{i}.png")
     if "efficientnet" in code: pytest.importorskip("timm")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
