@@ -396,18 +396,22 @@ def clean_output(output: dict, secrets: dict[str, str]) -> dict | None: # None: 
     return {**output, "data": data, "metadata": {}} if data else None
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c34
-def machine_folders(root: Path) -> dict[str, str]:
+def machine_folders(root: Path,
+                    data: str = "", # folder of the data sets, if one was given
+                   ) -> dict[str, str]:
     "Folders that must not be seen, longest first, and what stands for them."
-    found = {str(root): "./", sys.prefix: "<environment>/", str(Path.home()): "~/", tempfile.gettempdir(): "<temporary>/"}
+    found = ({data.rstrip("/"): "<data>/"} if data else {}) | {str(root): "./", sys.prefix: "<environment>/", str(Path.home()): "~/", tempfile.gettempdir(): "<temporary>/"}
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
 def reading_copy(source: Path, # the notebook as it is now
                  executed: Path, # papermill's copy
-                 root: Path) -> str: # JSON of a notebook
+                 root: Path,
+                 data: str = "", # folder of the data sets, if one was given
+                ) -> str: # JSON of a notebook
     "The source's prose with the run's outputs and parameters, small and free of this machine's folders."
     prose, ran = (json.loads(p.read_text(encoding="utf-8")) for p in (source, executed))
-    secrets, cells = machine_folders(root), []
+    secrets, cells = machine_folders(root, data), []
     is_injected = lambda c: "injected-parameters" in c["metadata"].get("tags", [])
     done = iter([c for c in ran["cells"] if c["cell_type"] == "code" and not is_injected(c)])
     injected = [{"cell_type": "code", "id": c["id"], "execution_count": c["execution_count"], "outputs": [],
@@ -494,7 +498,7 @@ def publish(plan: Plan, root: Path) -> None:
     "Copy records, reading copies, front page and provenance of a finished plan into its figures folder."
     figures, drawn = root / plan.figures, figure_files(plan, root)
     old = (read_json(figures / "provenance.json") or {}).get("files", {})
-    copies = {f"notebooks/{name}.ipynb": reading_copy(root / job.notebook, root / job.output, root).encode()
+    copies = {f"notebooks/{name}.ipynb": reading_copy(root / job.notebook, root / job.output, root, job.parameters.get("data", "")).encode()
               for name, job in readable(plan).items()}
     size = sum(map(len, copies.values()))
     if size > BUDGET: raise ValueError(f"the reading copies take {size / 1e6:.1f} MB, more than {BUDGET / 1e6:.0f}: draw less")

@@ -362,6 +362,15 @@ def test_prose_may_change_without_running_again(root):
     assert [c["cell_type"] for c in cells] == ["code", "code", "markdown", "code", "code"] and cells[3]["outputs"][0]["text"] == "3\n"
 
 
+def test_reading_copies_do_not_name_the_data_folder(tmp_path):
+    write = lambda name, source, tags: R.write_atomic(tmp_path / name, json.dumps({"cells": [
+        {"cell_type": "code", "id": t, "metadata": {"tags": [t]}, "source": source, "outputs": [], "execution_count": 1} for t in tags], "metadata": {}}))
+    source = write("a.ipynb", "data = ''", ["parameters"])
+    ran = write("b.ipynb", "data = '/disk/sets/'", ["parameters", "injected-parameters"])
+    text = E.reading_copy(source, ran, tmp_path, "/disk/sets/")
+    assert "/disk" not in text and "<data>/" in text
+
+
 def test_two_notebooks_that_write_the_same_figure_are_an_error(tmp_path):
     plan = toy_plan()
     plan.jobs = [plan.jobs[-1].model_copy(update={"title": t, "output": f"runs/{t}.ipynb"}) for t in "ab"]
