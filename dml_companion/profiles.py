@@ -7,8 +7,8 @@ __all__ = ['BASIC', 'STATES', 'Strict', 'DataChoice', 'Row', 'Task', 'Search', '
            'read_yaml', 'design_points', 'trial_recipe', 'with_trials', 'profile_names', 'load_profile',
            'check_objective', 'checked_recipe', 'checked_recipes', 'Parameter', 'annotated', 'parameters_of',
            'check_parameters', 'Job', 'train_job', 'labels_of', 'notebook_job', 'beside', 'spoilt', 'is_locked',
-           'difference', 'predecessor', 'judge', 'Plan', 'refresh', 'data_digests', 'gpu_count', 'check_notebooks',
-           'plan', 'records_of']
+           'difference', 'predecessor', 'judge', 'Plan', 'refresh', 'data_digests', 'check_on_data', 'gpu_count',
+           'check_notebooks', 'plan', 'records_of']
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c02
 import ast, fcntl, os, re, sys
@@ -65,7 +65,7 @@ class Profile(Strict):
     "What one `reproduce` does."
     name: str
     description: str = ""
-    minutes: float | None = None # expected on two cores
+    minutes: float | None = Field(None, gt=0) # expected on two cores
     data: DataChoice | None = None
     seeds: list[int] = []
     base: dict[str, Any] = {} # recipe fields that all rows share
@@ -414,9 +414,24 @@ def data_digests(recipes: dict[str, dict], # row -> recipe
     found, names = {}, {}
     for row, r in recipes.items():
         key = canonical([r["dataset"], r["size"], r["data_options"]])
-        if key not in found: found[key] = load(r["dataset"], root=data or None, size=r["size"], **r["data_options"]).digest
-        names[row] = found[key]
+        if key not in found: found[key] = load(r["dataset"], root=data or None, size=r["size"], **r["data_options"])
+        try: check_on_data(r, found[key])
+        except (ValueError, TypeError) as e: raise ValueError(f"row {row!r}: {e}") from None
+        names[row] = found[key].digest
     return names
+
+
+def check_on_data(recipe: dict, # complete
+                  data: Any, # datasets.Dataset
+                 ) -> None:
+    "What only the data can tell: build the encoder once for its images, and ask `training` what it would refuse."
+    from dml_companion.encoders import build_encoder
+    from dml_companion.training import Recipe, check_fit
+    channels, size = data.train.batch([0]).shape[1:3]
+    r = Recipe.load(recipe)
+    build_encoder(r.encoder, dim=r.dim, in_channels=channels, size=size, norm=r.norm, dropout=r.dropout,
+                  freeze_bn=r.freeze_bn, pretrained=r.pretrained, **r.encoder_options)
+    check_fit(r, data.train, data)
 
 
 def gpu_count(device: str) -> int:

@@ -29,7 +29,8 @@ from .objective import Objective
 from .retrieval import recall_at_k
 
 # %% ../nbs/01_foundations/05_training.ipynb #c05
-ALIASES = {"learning_rate": "lr", "optimiser": "optimizer", "loss": "objective", "model": "encoder", "samples_per_class": "per_class"}
+ALIASES = {"learning_rate": "lr", "optimiser": "optimizer", "loss": "objective", "model": "encoder",
+           "samples_per_class": "per_class"}
 
 class Strict(BaseModel):
     "A pydantic model that refuses unknown keys and names the nearest known one."
@@ -41,7 +42,8 @@ class Strict(BaseModel):
         "Raise ValueError for the first unknown key, nearest known key first."
         for key in (values if isinstance(values, dict) else ()):
             if key in cls.model_fields: continue
-            near = [ALIASES[key]] if ALIASES.get(key) in cls.model_fields else get_close_matches(str(key), cls.model_fields, n=1, cutoff=.6)
+            near = [ALIASES[key]] if ALIASES.get(key) in cls.model_fields else \
+                   get_close_matches(str(key), cls.model_fields, n=1, cutoff=.6)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown {cls.__name__} key {key!r}: {hint}known keys are {', '.join(cls.model_fields)}")
         return values
@@ -124,11 +126,14 @@ class Recipe(Strict):
             (self.optimizer != "sgd" and {"momentum", "nesterov"} & self.changed, "momentum and nesterov belong to sgd"),
             (self.nesterov and self.momentum == 0, "nesterov needs momentum > 0"),
             ((self.sampler == "balanced") != (self.per_class is not None), "per_class goes with sampler='balanced', always"),
-            (self.per_class and self.batch_size % self.per_class, f"batch_size {self.batch_size} is no multiple of per_class {self.per_class}"),
+            (self.per_class and self.batch_size % self.per_class,
+             f"batch_size {self.batch_size} is no multiple of per_class {self.per_class}"),
             (self.schedule == "constant" and "warmup" in self.changed, "warmup belongs to schedule='warmcos'"),
             (self.validation == 0 and self.validation_seed, "validation_seed has no effect with validation = 0"),
-            ((self.epochs == 0) != (self.objective is None), "objective = None goes with epochs = 0 (the untrained encoder), always"),
-            (self.epochs == 0 and self.changed & TRAINING, f"epochs = 0 trains nothing, so these have no effect: {sorted(self.changed & TRAINING)}"),
+            ((self.epochs == 0) != (self.objective is None),
+             "objective = None goes with epochs = 0 (the untrained encoder), always"),
+            (self.epochs == 0 and self.changed & TRAINING,
+             f"epochs = 0 trains nothing, so these have no effect: {sorted(self.changed & TRAINING)}"),
         ]
         for broken, why in rules:
             if broken: raise ValueError(f"this recipe says something that would be ignored: {why}")
@@ -144,11 +149,13 @@ class Recipe(Strict):
             ) -> "Recipe":
         "Read and validate a recipe; pydantic's ValidationError (a ValueError) names the bad field and value."
         values = source if isinstance(source, dict) else yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-        if not isinstance(values, dict): raise ValueError(f"{source}: a recipe is a mapping of field: value, got {type(values).__name__}")
+        if not isinstance(values, dict):
+            raise ValueError(f"{source}: a recipe is a mapping of field: value, got {type(values).__name__}")
         return cls.model_validate(values)
 
 TRAINING = {"augment", "objective_options", "optimizer", "lr", "classifier_lr", "proxy_lr", "momentum", "nesterov",
-            "weight_decay", "schedule", "warmup", "batch_size", "sampler", "per_class", "clip", "validation", "dropout", "patience"}
+            "weight_decay", "schedule", "warmup", "batch_size", "sampler", "per_class", "clip", "validation",
+            "dropout", "patience"}
 
 # %% ../nbs/01_foundations/05_training.ipynb #c12
 def warmup_cosine(step: int, # iteration, from 0
@@ -178,10 +185,12 @@ def balanced_batches(labels: np.ndarray, # (n,) class of each image, 0..K-1
     labels = torch.as_tensor(np.asarray(labels))
     counts, P = labels.bincount(), batch_size // per_class
     small = (counts < per_class).nonzero().flatten().tolist()
-    if small: raise ValueError(f"sampler 'balanced' takes {per_class} images of a class, but {len(small)} classes have fewer "
-                               f"(class {small[0]} has {counts[small[0]]}): lower per_class or drop these classes")
-    if len(counts) < P: raise ValueError(f"a batch of {batch_size} with {per_class} a class needs {P} classes, "
-                                         f"the training split has {len(counts)}: lower batch_size or raise per_class")
+    if small:
+        raise ValueError(f"sampler 'balanced' takes {per_class} images of a class, but {len(small)} classes have fewer "
+                         f"(class {small[0]} has {counts[small[0]]}): lower per_class or drop these classes")
+    if len(counts) < P:
+        raise ValueError(f"a batch of {batch_size} with {per_class} a class needs {P} classes, "
+                         f"the training split has {len(counts)}: lower batch_size or raise per_class")
     shuffled = torch.randperm(len(labels), generator=generator)
     shuffled = shuffled[labels[shuffled].argsort(stable=True)]          # by class, random inside a class
     start, left, batches = counts.cumsum(0) - counts, counts // per_class, []
@@ -315,7 +324,9 @@ def parameter_groups(encoder: nn.Module, # its trainable parameters learn at rec
         for thin in (False, True):
             chosen = [p for p in params if p.requires_grad and (p.ndim < 2) == thin]
             peak = recipe.lr * multiples[kind]
-            if chosen: groups.append(dict(params=chosen, name=kind, lr=peak, peak=peak, weight_decay=0. if thin else recipe.weight_decay))
+            if chosen:
+                groups.append(dict(params=chosen, name=kind, lr=peak, peak=peak,
+                                   weight_decay=0. if thin else recipe.weight_decay))
     return groups
 
 def build_optimizer(groups: list[dict], # from `parameter_groups`
@@ -421,9 +432,11 @@ def check_fit(recipe: Recipe, # what to do
     "Refuse before any work what would be ignored or fail later; raises ValueError."
     channels = train.batch(np.arange(1)).shape[1]
     if recipe.augment.flip and not data.flip:
-        raise ValueError(f"augment.flip changes the label of {data.name} images (a mirrored letter is another letter): set flip = False")
+        raise ValueError(f"augment.flip changes the label of {data.name} images (a mirrored letter is another "
+                         "letter): set flip = False")
     if channels == 1 and any(recipe.augment.jitter[2:]):
-        raise ValueError(f"{data.name} images are grey: saturation and hue jitter {recipe.augment.jitter[2:]} have no effect, set them to 0")
+        raise ValueError(f"{data.name} images are grey: saturation and hue jitter {recipe.augment.jitter[2:]} "
+                         "have no effect, set them to 0")
     if recipe.epochs and len(train) < recipe.batch_size:
         raise ValueError(f"batch_size {recipe.batch_size} is larger than the training split ({len(train)} images): lower it")
 
@@ -470,8 +483,10 @@ def train_epoch(accelerator: Any, # accelerate.Accelerator
         raise Collapsed(f"the loss is not finite between iterations {step} and {step + len(batches)} (lr {recipe.lr:g}, "
                         f"objective {recipe.objective}): lower lr, set clip, or look at the batch with `objective.parts`")
     tightness, contrast = (sums / len(batches)).tolist()
-    return dict(loss=tightness + contrast, tightness=tightness, contrast=contrast, lr=optimizer.param_groups[0]["lr"], iterations=len(batches),
-                **({"gradient_norm": norms.item() / len(batches)} if recipe.clip else {}), **{k: int(n) for k, n in counts.items()})
+    return dict(loss=tightness + contrast, tightness=tightness, contrast=contrast,
+                lr=optimizer.param_groups[0]["lr"], iterations=len(batches),
+                **({"gradient_norm": norms.item() / len(batches)} if recipe.clip else {}),
+                **{k: int(n) for k, n in counts.items()})
 
 # %% ../nbs/01_foundations/05_training.ipynb #c47
 def fit(recipe: Recipe, # everything that changes the result
@@ -482,12 +497,16 @@ def fit(recipe: Recipe, # everything that changes the result
         device: str = "auto", # "auto", "cpu", "cuda"
         progress: bool = True, # show a bar
        ) -> Result:
-    "Train an encoder; resumes from `folder` when it holds a checkpoint of this run. Raises ValueError before, Collapsed during training."
+    """Train an encoder; resumes from `folder` when it holds a checkpoint of this run.
+
+    Raises ValueError before training, Collapsed during it."""
     device = pick_device(device)
-    train, validation = holdout_classes(data.train, recipe.validation, recipe.validation_seed) if recipe.validation else (data.train, None)
+    train, validation = (holdout_classes(data.train, recipe.validation, recipe.validation_seed) if recipe.validation
+                         else (data.train, None))
     check_fit(recipe, train, data)
     if (make_objective is None) != (recipe.epochs == 0):
-        raise ValueError("make_objective is needed to train, and only then: pass partial(objectives.make, recipe.objective, **recipe.objective_options)")
+        raise ValueError("make_objective is needed to train, and only then: pass "
+                         "partial(objectives.make, recipe.objective, **recipe.objective_options)")
     with cpu_threads(recipe.threads):
         watched = validation or subset_classes(train, max(2, WATCHED * train.num_classes // len(train)))
         run = Run(recipe, data, train, watched, make_objective, seed, Path(folder) if folder else None, device)
@@ -501,21 +520,22 @@ def seed_everything(seed: int, # of the run
 
 class Run:
     "The state of one training run; `fit` is its front door."
-    def __init__(self, recipe: Recipe, data: Dataset, train: Split, watched: Split, make_objective: Callable[..., Objective] | None,
-                 seed: int, folder: Path | None, device: str):
+    def __init__(self, recipe: Recipe, data: Dataset, train: Split, watched: Split,
+                 make_objective: Callable[..., Objective] | None, seed: int, folder: Path | None, device: str):
         "Build encoder, objective, optimiser and generators from the seed."
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-        AcceleratorState._reset_state(reset_partial_state=True)      # one state a process: forget the last run's precision and device
+        AcceleratorState._reset_state(reset_partial_state=True)   # one a process: forget the last run's precision, device
         self.accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no", cpu=device == "cpu")
-        if self.accelerator.num_processes > 1: raise ValueError("fit runs in one process: start it without `accelerate launch`")
+        if self.accelerator.num_processes > 1:
+            raise ValueError("fit runs in one process: start it without `accelerate launch`")
         self.recipe, self.train, self.watched, self.folder, self.device = recipe, train, watched, folder, device
         self.validated = bool(recipe.validation)
         self.identity = dict(recipe=recipe.model_dump(mode="json"), seed=seed, data=data.digest)
         seed_everything(seed)
         channels, size = train.batch(np.arange(1)).shape[1:3]
-        encoder = build_encoder(recipe.encoder, dim=recipe.dim, in_channels=channels, size=size, norm=recipe.norm, dropout=recipe.dropout,
-                                freeze_bn=recipe.freeze_bn, pretrained=recipe.pretrained, **recipe.encoder_options)
+        encoder = build_encoder(recipe.encoder, dim=recipe.dim, in_channels=channels, size=size,
+                                norm=recipe.norm, dropout=recipe.dropout, freeze_bn=recipe.freeze_bn, pretrained=recipe.pretrained, **recipe.encoder_options)
         self.generators = {k: torch.Generator().manual_seed(1000 * seed + i) for i, k in enumerate(("sampler", "augment"))}
         self.encoder, self.objective, self.optimizer = encoder.to(self.accelerator.device), None, None
         if make_objective:
@@ -528,7 +548,8 @@ class Run:
 
     def state(self) -> dict: # plain tensors and numbers
         "Everything that `restore` needs."
-        return dict(identity=self.identity, epoch=self.epoch, step=self.step, history=self.history, best=self.best, seconds=self.seconds,
+        return dict(identity=self.identity, epoch=self.epoch, step=self.step, history=self.history, best=self.best,
+                    seconds=self.seconds,
                     encoder=self.encoder.state_dict(), objective=self.objective.state_dict() if self.objective else {},
                     optimizer=self.optimizer.state_dict() if self.optimizer else {}, random=random_states(self.generators))
 
@@ -541,7 +562,8 @@ class Run:
 
     def look(self, entry: dict) -> None:
         "Evaluate on the watched classes, keep the best validation epoch, and stop a run that fell below its start."
-        entry |= {f"{'validation' if self.validated else 'train'}/{k}": v for k, v in monitor(self.encoder, self.watched, self.device).items()}
+        entry |= {f"{'validation' if self.validated else 'train'}/{k}": v
+                  for k, v in monitor(self.encoder, self.watched, self.device).items()}
         self.history.append(entry)
         recalls = [e[self.watch] for e in self.history]
         if self.validated and recalls[-1] >= max(recalls):
@@ -549,9 +571,10 @@ class Run:
             self.best = dict(epoch=self.epoch, encoder=weights, recall=recalls[-1])
         tail = recalls[1:][-self.recipe.patience:]
         if math.isnan(recalls[-1]) or (len(tail) == self.recipe.patience and max(tail) < recalls[0]):
-            raise Collapsed(f"Recall@1 on {self.watch.split('/')[0]} classes is {recalls[-1]:.3f} after epoch {self.epoch}, the untrained encoder had "
-                            f"{recalls[0]:.3f}, and {len(tail)} evaluations in a row stayed below it: the run learns the wrong thing (lr {self.recipe.lr:g}, "
-                            f"objective {self.recipe.objective} {self.recipe.objective_options}). Lower lr, or check data and sampler")
+            raise Collapsed(f"Recall@1 on {self.watch.split('/')[0]} classes is {recalls[-1]:.3f} after epoch "
+                            f"{self.epoch}, the untrained encoder had {recalls[0]:.3f}, and {len(tail)} evaluations in a row "
+                            f"stayed below it: the run learns the wrong thing (lr {self.recipe.lr:g}, objective "
+                            f"{self.recipe.objective} {self.recipe.objective_options}). Lower lr, or check data and sampler")
 
     @property
     def watch(self) -> str: # key of the history
@@ -562,7 +585,8 @@ class Run:
         "Write checkpoint and progress, if the run has a folder."
         if not self.folder: return
         save_atomic(self.state(), self.folder / "checkpoint.pt")
-        line = dict(epoch=self.epoch, epochs=self.recipe.epochs, seconds=round(self.seconds, 1), **{self.watch: self.history[-1][self.watch]})
+        line = dict(epoch=self.epoch, epochs=self.recipe.epochs, seconds=round(self.seconds, 1),
+                    **{self.watch: self.history[-1][self.watch]})
         partial = self.folder / f"progress.json.{os.getpid()}.partial"
         partial.write_text(json.dumps(line), encoding="utf-8")
         os.replace(partial, self.folder / "progress.json")
@@ -574,9 +598,11 @@ class Run:
         state = load_checkpoint(self.folder / "checkpoint.pt", self.identity) if self.folder else None
         if state: self.restore(state)
         else: self.look(dict(epoch=0)); self.save()
-        per_epoch = len(epoch_batches(self.recipe, self.train.labels, torch.Generator().manual_seed(0))) if self.recipe.epochs else 0
+        per_epoch = (len(epoch_batches(self.recipe, self.train.labels, torch.Generator().manual_seed(0)))
+                     if self.recipe.epochs else 0)
         total = max(1, per_epoch * self.recipe.epochs)
-        with tqdm(total=total, initial=min(self.step, total), disable=not progress, unit="batch", desc=self.recipe.objective or "untrained", mininterval=2) as bar:
+        with tqdm(total=total, initial=min(self.step, total), disable=not progress, unit="batch",
+                  desc=self.recipe.objective or "untrained", mininterval=2) as bar:
             while self.epoch < self.recipe.epochs:
                 start = time.perf_counter()
                 entry = train_epoch(self.accelerator, self.encoder, self.objective, self.optimizer, self.train, self.recipe,
@@ -592,9 +618,12 @@ class Run:
         unwrap = self.accelerator.unwrap_model
         encoder = unwrap(self.encoder, keep_fp32_wrapper=False).cpu().eval()
         images = sum(e.get("iterations", 0) for e in self.history) * self.recipe.batch_size
-        summary = dict(device=self.device, gpu=torch.cuda.get_device_name() if self.device == "cuda" else None, epochs=self.epoch, seconds=self.seconds,
-                       images_per_second=images / self.seconds if self.seconds else None, best_epoch=self.best and self.best["epoch"],
-                       parameters=sum(p.numel() for p in encoder.parameters()), train_images=len(self.train), train_classes=self.train.num_classes,
+        summary = dict(device=self.device, gpu=torch.cuda.get_device_name() if self.device == "cuda" else None,
+                       epochs=self.epoch, seconds=self.seconds,
+                       images_per_second=images / self.seconds if self.seconds else None,
+                       best_epoch=self.best and self.best["epoch"],
+                       parameters=sum(p.numel() for p in encoder.parameters()), train_images=len(self.train),
+                       train_classes=self.train.num_classes,
                        watched=self.watch)
         objective = unwrap(self.objective).cpu() if self.objective else None
         return Result(encoder, objective, self.history, self.best and self.best["encoder"], summary)

@@ -54,6 +54,9 @@ def test_form(folder):
     assert notebooks and sum(p.stat().st_size for p in notebooks) < 8e6
     for path in notebooks:
         text = path.read_text(encoding="utf-8")
+        source = next((ROOT / "nbs").rglob(f"{path.stem.split('-')[0]}.ipynb"))
+        cells = [c for c in json.loads(text)["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])]
+        assert [c["source"] for c in cells] == [c["source"] for c in json.loads(source.read_text(encoding="utf-8"))["cells"]], f"{path.name} is stale"
         assert str(ROOT) not in text and "/site-packages/" not in text
         assert any(c.get("outputs") for c in json.loads(text)["cells"] if c["cell_type"] == "code"), f"{path.name} shows nothing"
     for svg in folder.glob("*.svg"): assert svg.with_suffix(".png").exists()

@@ -58,6 +58,7 @@ def test_the_papermill_line_runs_without_the_engine(tmp_path):
     words += ["-p", "folder", str(tmp_path / "run"), "-y", "data_options: {max_train_classes: 40, max_test_classes: 20}"]
     done = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "unknown parameter" not in done.stderr + done.stdout
     from dml_companion.reproduction import load_record
     record = load_record(tmp_path / "run")
     assert record.recipe["objective"] == "snca" and record.recipe["epochs"] == 2 and 0 < record.metrics["cosine/recall@1"] <= 1
