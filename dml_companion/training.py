@@ -10,7 +10,7 @@ __all__ = ['ALIASES', 'TRAINING', 'GREY', 'Observer', 'WATCHED', 'Strict', 'Augm
            'check_fit', 'epoch_batches', 'train_epoch', 'fit', 'seed_everything', 'Run', 'kept_epochs', 'Snapshots']
 
 # %% ../nbs/01_foundations/05_training.ipynb #c02
-import json, math, os, random, time, warnings
+import json, math, os, random, shutil, time, warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -674,10 +674,17 @@ class Snapshots:
         with open(partial, "wb") as file: np.savez(file, **arrays)
         os.replace(partial, self.folder / f"{epoch:04d}.npz")
 
-    def gather(self) -> dict[str, np.ndarray]: # "epoch" (E,), and each array with E in front
-        "All epochs in one dictionary; ValueError names an epoch that is missing."
-        files = {e: self.folder / f"{e:04d}.npz" for e in sorted(self.epochs)}
-        for epoch, file in files.items():
+    def merge(self, **labels: np.ndarray, # kept beside them: the labels of each split
+             ) -> Path: # folder / epochs.npz: "epoch" (E,), each array with E in front, and the labels
+        "Put the epochs into one file, in the place of the many; ValueError names an epoch that is missing."
+        target, files = self.folder.with_suffix(".npz"), {e: self.folder / f"{e:04d}.npz" for e in sorted(self.epochs)}
+        if target.exists() and not self.folder.exists(): return target                           # merged before
+        for file in files.values():
             if not file.exists(): raise ValueError(f"{file} is missing: delete the run's checkpoint.pt to train it again")
         found = [dict(np.load(file)) for file in files.values()]
-        return {"epoch": np.array(list(files)), **{name: np.stack([f[name] for f in found]) for name in found[0]}}
+        partial = target.with_name(f"epochs.{os.getpid()}.partial")
+        with open(partial, "wb") as out:
+            np.savez(out, epoch=np.array(list(files)), **{k: np.stack([f[k] for f in found]) for k in found[0]}, **labels)
+        os.replace(partial, target)
+        shutil.rmtree(self.folder)
+        return target
