@@ -47,6 +47,7 @@ class Task(Strict):
     notebook: str # path from the root
     parameters: dict[str, Any] = {}
     rows: list[str] | None = None # the rows it reads, if it has a parameter `records`; default: all
+    after: list[str] = [] # notebooks listed above it whose results it reads
 
 
 class Search(Strict):
@@ -297,21 +298,26 @@ def labels_of(profile: Profile, rows: list[str] | None) -> dict[str, str]: # row
 def notebook_job(task: Task, profile: Profile, trained: list[Job], # the training jobs
                  given: dict[str, Any], # parameters data, device and figures
                  data: str, # digest of the profile's data
-                 root: Path) -> Job:
+                 root: Path, above: list[Job] = [], # the notebooks listed above it
+                ) -> Job:
     "The job of one notebook that is not training."
     known, stem = parameters_of(root / task.notebook), Path(task.notebook).stem
     for row in sorted(set(task.rows or ()) - set(profile.rows)):
         near = nearest_name(row, profile.rows)
         raise ValueError(f"profile {profile.name!r}, {stem}: unknown row {row!r}{near} Known: {', '.join(profile.rows)}")
+    for notebook in sorted(set(task.after) - {j.notebook for j in above}):
+        near = nearest_name(notebook, [j.notebook for j in above])
+        raise ValueError(f"profile {profile.name!r}, {stem}: `after` names {notebook!r}, which is not listed above it{near}")
+    read = [j for j in above if j.notebook in task.after]
     runs = [j for j in trained if "records" in known and (task.rows is None or j.row in task.rows)]
     records = [str(Path(j.output).parent / "record.json") for j in runs]
     offered = {"profile": profile.name, "records": records, "labels": labels_of(profile, task.rows), **given}
     parameters = {**{k: v for k, v in offered.items() if k in known}, **task.parameters}
     decisive = {k: v for k, v in parameters.items() if k not in ("data", "device", "records")}
     code = notebook_digest(root / task.notebook, package_folder(root))
-    id = f"{profile.name}/{stem}-{digest([code, decisive, [j.run for j in runs], data if 'data' in known else ''], 12)}"
+    id = f"{profile.name}/{stem}-{digest([code, decisive, [j.run for j in runs], data if 'data' in known else '', [j.id for j in read]], 12)}"
     return Job(id=f"notebooks/{id}", kind="notebook", title=stem, notebook=task.notebook, parameters=parameters,
-               inputs=records, after=[j.output for j in runs], code=code,
+               inputs=records, after=[j.output for j in (*runs, *read)], code=code,
                output=f"runs/notebooks/{id}.ipynb", log=f"runs/logs/{profile.name}/notebooks/{id}.log")
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c32
@@ -402,7 +408,8 @@ def refresh(plan: Plan, root: Path) -> Plan:
     left = {j.output for j in plan.left()}
     for job in plan.jobs:
         if job.state == "finished" and left & set(job.after):
-            job.state, job.why = "changed", "a run that it reads is to be done again"
+            job.state, job.why = "changed", "what it reads is to be done again"
+            left.add(job.output)
     return plan
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c38
@@ -472,7 +479,9 @@ def plan(profile: Profile | str, # or its name
     jobs = [train_job(profile, row, seed, recipe, digests[row], given, root, codes[recipe["objective"]])
             for seed in every_seed(profile) for row, recipe in recipes.items() if seed in seeds_of(profile, row)]
     together = " ".join(sorted(set(digests.values())))
-    jobs += [notebook_job(task, profile, jobs, shown, together, root) for task in profile.notebooks]
+    above = []
+    for task in profile.notebooks: above.append(notebook_job(task, profile, jobs, shown, together, root, above))
+    jobs += above
     names = [j.id for j in jobs]
     for job in jobs:
         if names.count(job.id) > 1: raise ValueError(f"profile {profile.name!r} asks twice for {job.title}; remove one")

@@ -10,8 +10,9 @@ __all__ = ['PACKAGE', 'BYSTANDERS', 'TRAIN_NOTEBOOK', 'EXEMPT', 'LIBRARIES', 'ST
            'is_bystander', 'notebook_roots', 'notebook_digest', 'results_digest', 'Run', 'train_digest', 'run_id',
            'identify', 'now', 'git_state', 'processor', 'versions', 'provenance', 'Record', 'write_record',
            'nearest_name', 'complaint', 'one_complaint', 'known_fields', 'load_record', 'load_records', 'mean_interval',
-           'result_table', 'metric_of', 'table_markdown', 'style_of', 'use_house_style', 'announce', 'output_folder',
-           'save_figure', 'save_table', 'csv_text', 'plain_markdown']
+           'result_table', 'metric_of', 'table_markdown', 'announce', 'output_folder', 'Claim', 'write_claim',
+           'load_claims', 'claim_table', 'style_of', 'use_house_style', 'save_figure', 'save_table', 'csv_text',
+           'plain_markdown']
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c02
 import ast, hashlib, importlib.util, json, math, os, platform, subprocess, sys
@@ -556,6 +557,77 @@ def table_markdown(table: "pd.DataFrame", # from result_table
     return "\n".join(text) + "\n" + (f"\n{note}\n" if note else "")
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c49
+def announce(*paths: Path) -> None:
+    "Tell the engine, if it is listening (`DML_MANIFEST`), that these files were written."
+    if manifest := os.environ.get("DML_MANIFEST"):
+        with open(manifest, "a") as file: file.writelines(f"{p.resolve()}\n" for p in paths)
+
+
+def output_folder(folder: str | Path) -> Path:
+    "A folder for results, made if missing; relative ones begin at the project's root."
+    folder = Path(folder) if Path(folder).is_absolute() else project_root() / folder
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+# %% ../nbs/01_foundations/06_reproduction.ipynb #c51
+class Claim(BaseModel):
+    "One statement of the paper (or of ours) and what checking it gave."
+    model_config = ConfigDict(extra="forbid")
+    id: str # "13.2": notebook, counter
+    claim: str # in our words
+    source: str # paper and lemma, or "derived here"
+    checked: str # what was tried
+    cases: int # how many
+    violations: int # in how many of them the claim as stated was off by more than the tolerance
+    conditions: str = "" # under which it does hold
+    conditional_cases: int = 0
+    conditional_violations: int = 0
+    tolerance: float
+    worst: float | None = None # the largest violation, or the smallest slack
+    instead: str = "" # what holds instead
+    notebook: str # path from the root
+
+    @property
+    def status(self) -> str:
+        "holds, holds with conditions, or fails as stated: the counts decide."
+        if self.violations == 0: return "holds"
+        return "holds with conditions" if self.conditional_cases and not self.conditional_violations else "fails as stated"
+
+
+def write_claim(figures: str | Path, # folder; "": nothing is written
+                **fields, # of Claim
+               ) -> Claim:
+    "Check a claim and keep it as `figures/claims/<id>.json`; ValueError for a field or counts that make no sense."
+    try: claim = Claim(**without_nan(fields))
+    except ValidationError as e: raise ValueError(f"this is no claim: {complaint(e, Claim)}") from None
+    for bad, cases in ((claim.violations, claim.cases), (claim.conditional_violations, claim.conditional_cases)):
+        if not 0 <= bad <= cases: raise ValueError(f"claim {claim.id}: {bad} violations in {cases} cases; count again")
+    if not claim.cases: raise ValueError(f"claim {claim.id} was tried on no case: a claim that nobody tried is no result")
+    if bool(claim.conditions) != bool(claim.conditional_cases):
+        raise ValueError(f"claim {claim.id}: conditions and conditional_cases go together, "
+                         f"got {claim.conditions!r} and {claim.conditional_cases}")
+    if "|" in claim.claim + claim.instead + claim.checked: raise ValueError(f"claim {claim.id}: '|' would break the table; use \\mid")
+    if figures: announce(write_json_atomic(output_folder(figures) / "claims" / f"{claim.id}.json", claim.model_dump()))
+    return claim
+
+
+def load_claims(figures: str | Path) -> list[Claim]:
+    "The claims kept below a figures folder, in the order of the book."
+    files = (output_folder(figures) / "claims").glob("*.json")
+    claims = [Claim(**json.loads(p.read_text(encoding="utf-8"))) for p in files]
+    return sorted(claims, key=lambda c: [int(n) for n in c.id.split(".")])
+
+
+def claim_table(claims: Iterable[Claim]) -> "pd.DataFrame":
+    "One line a claim: what the paper says, the verdict, what was checked, what holds instead, where."
+    import pandas as pd
+    def counts(c): # "400 cases, 3 fail (1e-09)"
+        text = f"{c.checked}: {c.cases:,} cases, {c.violations:,} off by more than {c.tolerance:g}"
+        return text + (f"; {c.conditions}: {c.conditional_cases:,}, {c.conditional_violations:,} off" if c.conditions else "")
+    return pd.DataFrame([{"": c.id, "claim": f"{c.claim} ({c.source})", "status": f"**{c.status}**", "checked": counts(c),
+                          "what holds instead": c.instead or "-", "notebook": Path(c.notebook).stem} for c in claims])
+
+# %% ../nbs/01_foundations/06_reproduction.ipynb #c54
 STYLE = {name: dict(label=label, color=color, marker=marker) for name, label, color, marker in (
     ("cross_entropy", "cross-entropy", "#0072B2", "o"), ("cross_entropy_norm", "cross-entropy + norm", "#56B4E9", "s"),
     ("normalized_softmax", "normalised softmax", "#009E73", "D"), ("center", "center + CE", "#CC79A7", "^"),
@@ -577,20 +649,7 @@ def use_house_style() -> None:
     import matplotlib.pyplot as plt
     plt.style.use(f"{PACKAGE}.house")
 
-# %% ../nbs/01_foundations/06_reproduction.ipynb #c53
-def announce(*paths: Path) -> None:
-    "Tell the engine, if it is listening (`DML_MANIFEST`), that these files were written."
-    if manifest := os.environ.get("DML_MANIFEST"):
-        with open(manifest, "a") as file: file.writelines(f"{p.resolve()}\n" for p in paths)
-
-
-def output_folder(folder: str | Path) -> Path:
-    "A folder for results, made if missing; relative ones begin at the project's root."
-    folder = Path(folder) if Path(folder).is_absolute() else project_root() / folder
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
+# %% ../nbs/01_foundations/06_reproduction.ipynb #c58
 def save_figure(fig: "Figure", # matplotlib's
                 name: str, # file name without ending
                 folder: str | Path, # "figures/quick"
