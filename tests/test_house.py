@@ -113,7 +113,13 @@ def test_cleaning_works(copy, tmp_path):
 
 # ---- (c) imports point down
 
-NUMBER = {m: int(p.name.split("_")[0]) for p in NOTEBOOKS if (m := exported_module(p))}
+def place(p):
+    "A notebook's place in the book: (10, '') < (10, 'b') < (11, '')."
+    number, letter = re.match(r"(\d+)([a-z]?)_", p.name).groups()
+    return int(number), letter
+
+
+NUMBER = {m: place(p) for p in NOTEBOOKS if (m := exported_module(p))}
 
 
 def imported(tree, package):
@@ -137,12 +143,12 @@ def code(c):
 
 @pytest.mark.parametrize("notebook", [p for p in NOTEBOOKS if p.name[0].isdigit()], ids=name)
 def test_imports_only_from_lower_numbers(notebook):
-    number, own = int(notebook.name.split("_")[0]), exported_module(notebook)
+    number, own = place(notebook), exported_module(notebook)
     package = (own or SETTINGS["lib_path"] + ".x").rpartition(".")[0]
     for c in cells(notebook):
         for m in imported(ast.parse(code(c)), package):
             if m in NUMBER and m != own:
-                assert NUMBER[m] < number, f"{name(notebook)} imports {m}, which notebook {NUMBER[m]:02d} exports"
+                assert NUMBER[m] < number, f"{name(notebook)} imports {m}, which notebook {NUMBER[m]} exports"
 
 
 def test_the_import_check_sees_what_it_should():
@@ -151,6 +157,10 @@ def test_the_import_check_sees_what_it_should():
     seen = set(imported(ast.parse(text), "dml_companion.theory"))
     wanted = {"encoders", "theory.losses.pairwise", "cli", "a"}
     assert {f"dml_companion.{w}" for w in wanted} <= seen
+
+
+def test_a_letter_lies_between_two_numbers():
+    assert place(Path("10_a.ipynb")) < place(Path("10b_a.ipynb")) < place(Path("11_a.ipynb")) < place(Path("101_a.ipynb"))
 
 
 def test_notebook_numbers_are_unique():
