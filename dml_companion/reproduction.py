@@ -632,7 +632,7 @@ STYLE = {name: dict(label=label, color=color, marker=marker) for name, label, co
     ("cross_entropy", "cross-entropy", "#0072B2", "o"), ("cross_entropy_norm", "cross-entropy + norm", "#56B4E9", "s"),
     ("normalized_softmax", "normalised softmax", "#009E73", "D"), ("center", "center + CE", "#CC79A7", "^"),
     ("contrastive", "contrastive", "#E69F00", "v"), ("snca", "SNCA", "#D55E00", "P"),
-    ("multi_similarity", "multi-similarity", "#000000", "X"),
+    ("multi_similarity", "multi-similarity", "#000000", "X"), ("spce", "SPCE", "#7B4B94", "*"),
     ("raw_pixels", "raw pixels", "#999999", "x"), ("untrained", "untrained encoder", "#999999", "+"))}
 
 

@@ -392,7 +392,7 @@ def test_help_is_quick_and_leaves_torch_alone():
 def test_objectives_are_listed_with_their_options(root, monkeypatch):
     code, out = command_here(root, monkeypatch, "objectives")
     assert code == 0 and "temperature" in out
-    for name in ("cross_entropy", "normalized_softmax", "center", "contrastive", "snca", "multi_similarity"): assert name in out
+    for name in ("cross_entropy", "normalized_softmax", "center", "contrastive", "snca", "multi_similarity", "spce"): assert name in out
 
 
 def test_the_snakefile_is_short():

@@ -77,7 +77,7 @@ def test_the_search_gave_equal_budgets_and_never_saw_test_classes():
     log = rows_of(ROOT / "figures/search/search_log.csv")
     trials = {}
     for line in log: trials.setdefault(line["objective"], []).append(float(line["lr"]))
-    assert len({tuple(sorted(v)) for v in trials.values()}) == 1 and len(trials) == 7      # the same learning rates for all
+    assert len({tuple(sorted(v)) for v in trials.values()}) == 1 and len(trials) == 8      # the same learning rates for all
     for r in load_records(ROOT / "figures/search"):
         assert r.metrics and all(k.startswith("validation/") for k in r.metrics)
         assert "embeddings.npz" not in r.files

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = dict(max_train_classes=24, max_test_classes=12)
 BASE = dict(encoder_options={"width": 4}, epochs=2, batch_size=32, lr=.1, warmup=3, dropout=.1, validation=.25,
             augment={"degrees": 5., "translate": .05, "crop_scale": [.6, 1.]})
-CORE = "cross_entropy", "normalized_softmax", "center", "contrastive", "snca", "multi_similarity"
+CORE = "cross_entropy", "normalized_softmax", "center", "contrastive", "snca", "multi_similarity", "spce"
 
 
 @pytest.fixture(scope="module")
