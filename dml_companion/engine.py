@@ -8,16 +8,16 @@ __all__ = ['KEEP', 'NOISE', 'BUDGET', 'failure_text', 'NotebookFailed', 'broken_
            'note_failure', 'Busy', 'project_lock', 'snakemake_command', 'guarded_snakemake', 'job_environment', 'start',
            'stop', 'Progress', 'epochs_done', 'last_seconds', 'past_seconds', 'time_left', 'look', 'duration', 'tail',
            'failures', 'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable',
-           'figure_files', 'provenance_of', 'front_page', 'publish']
+           'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'publish']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
-import fcntl, json, math, os, re, shlex, subprocess, sys, tempfile, threading, time
+import fcntl, json, math, os, re, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
-from .profiles import Job, Plan, beside, check_parameters, is_locked, load_profile, refresh, spoilt
+from .profiles import Job, Plan, beside, check_parameters, is_locked, spoilt
 from .reproduction import (digest, file_digest, load_record, notebook_digest, now, package_folder,
     project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
 
@@ -490,8 +490,20 @@ def front_page(plan: Plan, figures: dict[str, str], # name -> sha256
     lines += ["## Executed notebooks", "", *(f"- [{name}](notebooks/{name}.ipynb)" for name in copies)]
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/01_foundations/08_engine.ipynb #c38
-BUDGET = 8_000_000 # bytes of all reading copies together
+# %% ../nbs/01_foundations/08_engine.ipynb #c39
+def refresh_quotes(page: Path, # a Markdown file; nothing happens without it
+                   root: Path) -> None:
+    "Bring the tables that a page quotes up to date with the files they come from."
+    if not page.is_file(): return
+    def current(found: re.Match) -> str:
+        source = root / found[2]
+        return f"{found[1]}\n{source.read_text(encoding='utf-8').strip()}\n<!-- end -->" if source.is_file() else found[0]
+    old = page.read_text(encoding="utf-8")
+    new = re.sub(r"(<!-- table: (\S+) -->)\n.*?<!-- end -->", current, old, flags=re.S)
+    if new != old: write_atomic(page, new)
+
+# %% ../nbs/01_foundations/08_engine.ipynb #c41
+BUDGET = 12_000_000 # bytes of all reading copies together
 
 
 def publish(plan: Plan, root: Path) -> None:
@@ -510,3 +522,4 @@ def publish(plan: Plan, root: Path) -> None:
     for name, content in files.items():
         if not (figures / name).is_file() or (figures / name).read_bytes() != content: write_atomic(figures / name, content)
     for name in set(old) - set(everything): (figures / name).unlink(missing_ok=True)
+    refresh_quotes(root / "README.md", root)

@@ -51,7 +51,7 @@ def test_tables_come_from_the_records(folder, table, metric):
 @pytest.mark.parametrize("folder", REFERENCE, ids=names)
 def test_form(folder):
     notebooks = list((folder / "notebooks").glob("*.ipynb"))
-    assert notebooks and sum(p.stat().st_size for p in notebooks) < 8e6
+    assert notebooks and sum(p.stat().st_size for p in notebooks) < 12e6
     for path in notebooks:
         text = path.read_text(encoding="utf-8")
         source = next((ROOT / "nbs").rglob(f"{path.stem.split('-')[0]}.ipynb"))
