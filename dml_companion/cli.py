@@ -107,10 +107,10 @@ def reproduce(profile: ProfileOption = "quick", data: DataOption = None, device:
     "Run what is left of a profile, then publish its figures, tables, records and reading copies."
     cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     root, plan = make_plan(profile, data, device, figures)
-    from dml_companion import engine
+    from dml_companion import engine, profiles
     if dry_run: preview(plan, cores, root); return
     try:
-        with engine.project_lock(root) as lock: code = run_plan(engine.refresh(plan, root), cores, root, lock)
+        with engine.project_lock(root) as lock: code = run_plan(profiles.refresh(plan, root), cores, root, lock)
     except (engine.Busy, ValueError) as e: give_up(e)
     raise typer.Exit(code)
 
@@ -126,7 +126,7 @@ def preview(plan: "Plan", cores: int, root: Path) -> None:
 # %% ../nbs/01_foundations/09_cli.ipynb #c11
 def run_plan(plan: "Plan", cores: int, root: Path, lock: IO) -> int: # exit code
     "Run, watch, report and publish."
-    from dml_companion import engine
+    from dml_companion import engine, profiles
     if plan.left():
         where = f"{plan.gpus} GPU{'s' * (plan.gpus > 1)} and " if plan.gpus else ""
         say(f"{plan.profile}: {counts(plan)}; running {len(plan.left())} of {len(plan.jobs)} notebooks "
@@ -138,7 +138,7 @@ def run_plan(plan: "Plan", cores: int, root: Path, lock: IO) -> int: # exit code
             engine.stop(process)
             say("\nstopped; what is finished stays, and the same command goes on from here", err)
             return 130
-        if engine.refresh(plan, root).left(): return report(plan, root, log)
+        if profiles.refresh(plan, root).left(): return report(plan, root, log)
     engine.publish(plan, root)
     say(f"{plan.profile}: all {len(plan.jobs)} notebooks are done; figures, tables and provenance are in {plan.figures}")
     return 0

@@ -397,3 +397,40 @@ def test_objectives_are_listed_with_their_options(root, monkeypatch):
 
 def test_the_snakefile_is_short():
     assert len((ROOT / "workflow/Snakefile").read_text().splitlines()) <= 60
+
+
+def test_a_notebook_waits_for_the_notebooks_that_it_reads(root):
+    def tasks(*after): return [dict(notebook="nbs/table.ipynb"), dict(notebook="nbs/alone.ipynb", after=list(after))]
+    write_profile(root, notebooks=tasks("nbs/table.ipynb"))
+    jobs = {j.title: j for j in P.plan("toy", root=root).jobs}
+    assert jobs["alone"].after == [jobs["table"].output]
+    edit(root / "nbs/table.ipynb", "R.save_table", "print(len(runs));R.save_table")       # another table, another reader of it
+    assert {j.title: j.id for j in P.plan("toy", root=root).jobs}["alone"] != jobs["alone"].id
+    write_profile(root, notebooks=tasks("nbs/tabel.ipynb"))
+    with pytest.raises(ValueError, match="'nbs/tabel.ipynb', which is not listed above it, did you mean 'nbs/table.ipynb'"): P.plan("toy", root=root)
+    write_profile(root, notebooks=tasks("nbs/alone.ipynb"))
+    with pytest.raises(ValueError, match="not listed above it"): P.plan("toy", root=root)
+
+
+def test_what_is_redone_is_redone_all_the_way_down(root):
+    "A spoilt run spoils the table that reads it and the notebook that reads the table."
+    write_profile(root, notebooks=[dict(notebook="nbs/table.ipynb"), dict(notebook="nbs/alone.ipynb", after=["nbs/table.ipynb"])])
+    code, out, err = command(root, "reproduce", "--profile", "toy", "--cores", "2")
+    assert code == 0, out + err
+    assert set(states(root).values()) == {"finished"}
+    run = next(j for j in P.plan("toy", root=root).jobs if j.kind == "train")
+    (root / run.output).unlink()
+    now = states(root)
+    assert now["table"] == now["alone"] == "changed"
+
+
+def test_quoted_tables_are_brought_up_to_date(tmp_path):
+    page, table = tmp_path / "README.md", tmp_path / "t.md"
+    page.write_text("a\n<!-- table: t.md -->\nold\n<!-- end -->\nb \\d\n<!-- table: t.md -->\n<!-- end -->\n")
+    table.write_text("| \\alpha | 1 |\n\n")
+    E.refresh_quotes(page, tmp_path)
+    quote = "<!-- table: t.md -->\n| \\alpha | 1 |\n<!-- end -->\n"
+    assert page.read_text() == f"a\n{quote}b \\d\n{quote}"
+    stamp = page.stat().st_mtime_ns
+    E.refresh_quotes(page, tmp_path); E.refresh_quotes(tmp_path / "none.md", tmp_path)
+    assert page.stat().st_mtime_ns == stamp

@@ -1,5 +1,5 @@
 """Run identity, records, tables and figures (06_reproduction)."""
-import json, math, os, subprocess, sys
+import json, math, os, re, subprocess, sys
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -218,3 +218,36 @@ def test_every_row_of_a_profile_has_a_style_of_its_own():
     rows = yaml.safe_load((ROOT / "workflow/profiles/quick.yaml").read_text())["rows"]
     looks = [(R.style_of(r)["color"], R.style_of(r)["marker"]) for r in rows]
     assert len(set(looks)) == len(rows) and set(rows) <= set(R.STYLE)
+
+
+# ---------------------------------------------------------------- claims
+
+def claim(folder="", **changes):
+    fields = dict(id="12.1", claim="a claim", source="a paper", checked="random points", cases=10, violations=0, tolerance=1e-9,
+                  notebook="nbs/02_theory/12_tightness.ipynb")
+    return R.write_claim(folder, **{**fields, **changes})
+
+
+def test_the_verdict_follows_from_the_counts():
+    under = dict(conditions="balanced", conditional_cases=5)
+    assert claim().status == "holds" and claim(**under).status == "holds"
+    assert claim(violations=1).status == claim(violations=1, **under, conditional_violations=1).status == "fails as stated"
+    assert claim(violations=1, **under).status == "holds with conditions"
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(cases=0), "tried on no case"), (dict(violations=11), "11 violations in 10 cases"), (dict(violations=-1), "-1 violations"),
+    (dict(conditions="balanced"), "go together"), (dict(conditional_cases=3), "go together"), (dict(instead="a | b"), "mid"),
+    (dict(conditions="x", conditional_cases=1, conditional_violations=2), "2 violations in 1 cases"), (dict(verdict="holds"), "unknown key 'verdict'")])
+def test_counts_that_make_no_sense_are_refused(changes, words):
+    with pytest.raises(ValueError, match=re.escape(words)): claim(**changes)
+
+
+def test_claims_are_kept_in_the_order_of_the_book(tmp_path):
+    for id in ("12.10", "9.2", "12.9"): claim(tmp_path, id=id, worst=float("nan"))
+    found = R.load_claims(tmp_path)
+    assert [c.id for c in found] == ["9.2", "12.9", "12.10"] and found[0].worst is None
+    before = (tmp_path / "claims/9.2.json").read_bytes()
+    claim(tmp_path, id="9.2", worst=float("nan"))
+    assert (tmp_path / "claims/9.2.json").read_bytes() == before
+    assert R.claim_table(found).status.tolist() == ["**holds**"] * 3 and "10 cases" in R.claim_table(found).checked[0]

@@ -1,6 +1,7 @@
 "Training: recipes, samplers, augmentation, exact resume, and stops that say why."
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from torch.testing import assert_close
 
 from dml_companion import objectives
 from dml_companion.datasets import load
+from dml_companion.encoders import embed
 from dml_companion.training import (Augment, Collapsed, Recipe, TRAINING, augment_batch, balanced_batches, build_optimizer, crop_boxes,
-                                    fit, parameter_groups, random_batches, warmup_cosine)
+                                    Snapshots, fit, kept_epochs, parameter_groups, random_batches, warmup_cosine)
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(max_train_classes=24, max_test_classes=12)
@@ -264,6 +266,7 @@ import sys, time, torch
 from functools import partial
 from dml_companion import objectives, training
 from dml_companion.datasets import load
+from dml_companion.encoders import embed
 recipe = training.Recipe(**{base!r}, objective="center")
 slow = training.augment_batch
 def augment(*a):
@@ -334,7 +337,7 @@ def test_the_parameters_cell_of_30_train_is_the_recipe():
     cells = json.loads((ROOT / "nbs/04_experiments/30_train.ipynb").read_text(encoding="utf-8"))["cells"]
     (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     values = {(a.target if isinstance(a, ast.AnnAssign) else a.targets[0]).id: ast.literal_eval(a.value) for a in ast.parse("".join(cell["source"])).body}
-    assert set(values) - set(Recipe.model_fields) == {"row", "seed", "data", "device", "folder", "evaluate_on"}
+    assert set(values) - set(Recipe.model_fields) == {"row", "seed", "data", "device", "folder", "snapshots", "evaluate_on"}
     assert set(Recipe.model_fields) <= set(values)
     recipe = Recipe(**{k: values[k] for k in Recipe.model_fields})
     assert recipe.changed <= {"augment"}, "the notebook's defaults are the recipe's, but for the glyphs' augmentation"
@@ -342,3 +345,49 @@ def test_the_parameters_cell_of_30_train_is_the_recipe():
 
 def test_control_fields_are_refused_by_name():
     assert TRAINING < set(Recipe.model_fields)
+
+
+# ---------------------------------------------------------------- observers
+
+def observed(data, observe, folder=None):
+    recipe = Recipe(**BASE)
+    return fit(recipe, data, make(recipe), seed=0, folder=folder, device="cpu", progress=False, observe=observe)
+
+
+def test_a_watched_run_is_the_same_run(data, reference):
+    modes = []
+    def curious(epoch, encoder, objective):
+        torch.rand(100), np.random.rand(100), random.random()
+        modes.append((epoch, encoder.training, objective.training))
+        return {"mine": float(epoch)}
+    watched = observed(data, curious)
+    assert modes == [(0, False, False), (1, False, False), (2, False, False)]
+    assert [e["mine"] for e in watched.history] == [0., 1., 2.]
+    for e in watched.history: e.pop("mine")
+    assert same(reference, watched)
+
+
+def test_an_observer_may_not_overwrite_the_loop(data):
+    with pytest.raises(ValueError, match="'epoch'.*choose another name"): observed(data, lambda *a: {"epoch": 7})
+
+
+def test_snapshots_survive_a_kill_and_hold_what_the_encoder_gives(tmp_path, data):
+    class Cut(Exception): pass
+    keep = Snapshots(tmp_path, kept_epochs(2), seen=data.train, unseen=data.query)
+    def cut(epoch, *rest):
+        keep(epoch, *rest)
+        if epoch == 1: raise Cut
+    with pytest.raises(Cut): observed(data, cut, tmp_path)
+    with pytest.raises(ValueError, match="0002.npz is missing"): keep.merge()
+    result = observed(data, keep, tmp_path)
+    path = dict(np.load(keep.merge(seen_labels=data.train.labels)))
+    assert path["epoch"].tolist() == [0, 1, 2] and path["seen"].shape[:2] == (3, len(data.train)) and path["weight"].shape[0] == 3
+    assert np.array_equal(path["unseen"][-1], embed(result.encoder, data.query).numpy())
+    assert not np.array_equal(path["unseen"][0], path["unseen"][1])
+    assert keep.merge() == tmp_path / "epochs.npz" and not (tmp_path / "epochs").exists()          # a second time: nothing to do
+
+
+@pytest.mark.parametrize("epochs, most", [(0, 16), (1, 16), (16, 16), (17, 16), (100, 16), (7, 3)])
+def test_kept_epochs(epochs, most):
+    kept = kept_epochs(epochs, most)
+    assert kept[0] == 0 and kept[-1] == epochs and kept == sorted(set(kept)) and len(kept) <= most + 1
