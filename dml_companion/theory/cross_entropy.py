@@ -20,7 +20,7 @@ from ..objective import check_cloud
 def check_lam(lam: float) -> float: # the same
     "ValueError for a weight of the squares that is not a positive number."
     if not 0 < float(lam) < inf:
-        raise ValueError(f"lam must be a positive number, got {float(lam)}: it weighs the squares that make the bounds finite")
+        raise ValueError(f"lam must be a positive number, got {float(lam)}: without its square no bound is finite")
     return lam
 
 def check_classes(embeddings: Tensor, # (n, d)
@@ -53,9 +53,9 @@ def split_terms(theta: Tensor, # (K, d)
                 lam: float, # > 0
                ) -> tuple[Tensor, Tensor]: # f1, f2: () each
     "Boudiaf et al. 2020, proof of Prop. 1: cross-entropy as a parabola with labels plus a rest without (eq. 1)."
-    y, half = check_classes(embeddings, labels, len(theta)), check_lam(lam) / 2 * theta.square().sum()
-    pull = (theta * class_shares(embeddings, y, len(theta))).sum()
-    return half - pull, scores(theta, embeddings).logsumexp(1).mean() - half
+    y, logits = check_classes(embeddings, labels, len(theta)), scores(theta, embeddings)
+    half = check_lam(lam) / 2 * theta[:, :embeddings.shape[1]].square().sum()
+    return half - logits.gather(1, y[:, None]).mean(), logits.logsumexp(1).mean() - half
 
 def pce_tightness(embeddings: Tensor, # (n, d) float
                   labels: Tensor, # (n,)
@@ -65,7 +65,7 @@ def pce_tightness(embeddings: Tensor, # (n, d) float
     z, y = check_cloud(embeddings, labels)
     return -class_shares(z, y, int(y.max()) + 1).square().sum() / (2 * check_lam(lam))
 
-# %% ../../nbs/02_theory/13_bound_optimisation.ipynb #c13
+# %% ../../nbs/02_theory/13_bound_optimisation.ipynb #c12
 def check_probs(probs: Tensor, # (n, K)
                 embeddings: Tensor, # (n, d)
                ) -> Tensor: # the same, in the embeddings' dtype
@@ -73,13 +73,15 @@ def check_probs(probs: Tensor, # (n, K)
     n = len(embeddings)
     if probs.ndim != 2 or len(probs) != n or probs.shape[1] < 2:
         raise ValueError(f"probs must be ({n}, K) with K >= 2, one row an embedding, got shape {tuple(probs.shape)}")
-    if not probs.isfinite().all(): raise ValueError("probs must be finite, got NaN or infinity: use softmax, not exp / sum")
+    if not probs.is_floating_point(): raise ValueError(f"probs must be floating point, got {probs.dtype}: call .double()")
+    if not probs.isfinite().all():
+        raise ValueError(f"probs must be finite, got {probs[~probs.isfinite()][0].item()}: use softmax, not exp / sum")
     if probs.min() < 0: raise ValueError(f"probs must be >= 0, got {probs.min().item()}: pass probabilities, not logits")
     sums = probs.detach().double().sum(1)
-    slack = 1e-6 + 8 * torch.finfo(probs.dtype).eps                 # a float32 softmax is off by a few eps
-    if (worst := (sums - 1).abs().max()) > slack:
-        raise ValueError(f"probs must sum to one in each row, got {sums[(sums - 1).abs().argmax()].item():.9g} "
-                         f"(off by {worst:.1g}, accepted {slack:.1g}): normalise the rows")
+    slack, worst = 1e-6 + 8 * torch.finfo(probs.dtype).eps, (sums - 1).abs().argmax()   # softmax: off by a few eps
+    if (sums[worst] - 1).abs() > slack:
+        raise ValueError(f"probs must sum to one in each row within {slack:.1g}, got {sums[worst].item():.9g} "
+                         f"in row {worst.item()}: divide the rows by their sums")
     return probs.to(embeddings)
 
 def soft_shares(embeddings: Tensor, probs: Tensor) -> Tensor: # (K, d)
@@ -91,11 +93,11 @@ def pce(embeddings: Tensor, # (n, d) float
         probs: Tensor, # (n, K) rows that sum to one
         lam: float, # > 0
        ) -> Tensor: # ()
-    "Pairwise cross-entropy (Boudiaf et al. 2020, Prop. 1; eq. 3). A lower bound of CE only for some `probs`: see above."
+    "Pairwise cross-entropy (Boudiaf et al. 2020, Prop. 1; eq. 3). For few `probs` only a lower bound of CE."
     p, lam = check_probs(probs, check_cloud(embeddings)[0]), check_lam(lam)
+    s = class_shares(embeddings, check_classes(embeddings, labels, p.shape[1]), p.shape[1])
     c = soft_shares(embeddings, p)
-    tight = class_shares(embeddings, check_classes(embeddings, labels, p.shape[1]), p.shape[1]).square().sum()
-    return (embeddings @ c.T / lam).logsumexp(1).mean() - (tight + c.square().sum()) / (2 * lam)
+    return (embeddings @ c.T / lam).logsumexp(1).mean() - (s.square().sum() + c.square().sum()) / (2 * lam)
 
 def spce(embeddings: Tensor, # (n, d) float
          labels: Tensor, # (n,) any integers; only classes present count
@@ -126,15 +128,15 @@ def self_consistent_probs(embeddings: Tensor, # (n, d) float
         p, change, step = new, (new - p).abs().max().item(), step + 1
     return FixedPoint(p, step, change, change <= tolerance)
 
-# %% ../../nbs/02_theory/13_bound_optimisation.ipynb #c16
+# %% ../../nbs/02_theory/13_bound_optimisation.ipynb #c15
 def regularised_cross_entropy(theta: Tensor, # (K, d), or (K, d + 1): the last column a bias, not regularised
                               embeddings: Tensor, # (n, d) float
                               labels: Tensor, # (n,) in 0..K-1
                               lam: float, # > 0, weight decay: lam / 2 |theta|^2
                              ) -> Tensor: # ()
     "P_lam: what a classifier with weight decay minimises."
-    y, decayed = check_classes(embeddings, labels, len(theta)), theta[:, :embeddings.shape[1]]
-    return F.cross_entropy(scores(theta, embeddings), y) + check_lam(lam) / 2 * decayed.square().sum()
+    y, logits = check_classes(embeddings, labels, len(theta)), scores(theta, embeddings)
+    return F.cross_entropy(logits, y) + check_lam(lam) / 2 * theta[:, :embeddings.shape[1]].square().sum()
 
 def dual_bound(embeddings: Tensor, # (n, d) float
                labels: Tensor, # (n,) in 0..K-1
@@ -169,11 +171,12 @@ def best_classifier(embeddings: Tensor, # (n, d) float
                     bias: bool = False, # one more column, not regularised
                     tolerance: float = 1e-9, # largest entry of the gradient, relative to the largest |z|
                    ) -> Tensor: # (K, d) or (K, d + 1) float64, without gradient
-    "The minimiser of P_lam by scipy's L-BFGS in float64; RuntimeError if the gradient does not get below 100 tolerance."
+    "The minimiser of P_lam by scipy's L-BFGS in float64; RuntimeError if the gradient stays above 100 tolerance."
     from scipy.optimize import minimize
-    z, y = check_cloud(embeddings.detach().double(), labels)
-    size, lam, K = max(z.abs().max().item(), 1e-300), check_lam(lam), int(y.max()) + 1
-    x = torch.cat([z, z.new_full((len(z), int(bias)), size)], 1) / size       # unit scale inside: a well-rounded problem
+    z, y = check_cloud(embeddings, labels)
+    z, lam, K = z.detach().double().cpu(), check_lam(lam), int(y.max()) + 1
+    y, size = y.cpu(), max(z.abs().max().item(), 1e-300)
+    x = torch.cat([z, z.new_full((len(z), int(bias)), size)], 1) / size       # unit scale inside
     decay = torch.cat([x.new_full((z.shape[1],), lam / size ** 2), x.new_zeros(int(bias))])
     s = class_shares(x, y, K)
     def value_and_slope(flat):
@@ -182,9 +185,9 @@ def best_classifier(embeddings: Tensor, # (n, d) float
         value = a.logsumexp(1).mean() - (t * s).sum() + (decay * t.square()).sum() / 2
         return value.item(), (soft_shares(x, a.softmax(1)) - s + decay * t).flatten().numpy()
     options = dict(maxiter=20_000, maxfun=40_000, gtol=tolerance, ftol=0., maxcor=30, maxls=50)
-    found = minimize(value_and_slope, torch.zeros(s.numel(), dtype=z.dtype).numpy(), jac=True, method="L-BFGS-B", options=options)
-    if not abs(found.jac).max() <= 100 * tolerance:
-        raise RuntimeError(f"no optimum within tolerance {tolerance}: gradient {abs(found.jac).max():.1g} after {found.nit} "
-                           f"steps at lam={lam}; raise lam or tolerance")
+    found = minimize(value_and_slope, [0.] * s.numel(), jac=True, method="L-BFGS-B", options=options)
+    if not (slope := abs(found.jac).max()) <= 100 * tolerance:
+        raise RuntimeError(f"no optimum: gradient {slope:.1g}, tolerance {tolerance}, after {found.nit} steps at "
+                           f"lam={lam}; raise lam or tolerance")
     theta = torch.from_numpy(found.x).view(K, -1)
     return torch.cat([theta[:, :z.shape[1]] / size, theta[:, z.shape[1]:]], 1)
