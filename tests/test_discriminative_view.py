@@ -284,7 +284,9 @@ def test_jackknife_covers_where_runs_of_one_objective_agree(nb):
         low, high = nb.fisher(nb.spearman(*pairs.T), 24)
         hits["fisher"].append(low <= 0 <= high)
     assert np.mean(hits["jackknife"]) > .88 and np.mean(hits["fisher"]) < .8       # 24 runs are not 24 facts
-    assert nb.jackknife(pairs, groups[:2]) == (-1, 1)
+    assert nb.jackknife(pairs[:9], groups[:3]) == (-1, 1)
+    perfect = np.arange(24.)[:, None].repeat(2, 1)
+    assert nb.jackknife(perfect, groups) == nb.fisher(1., 8) and nb.jackknife(perfect, groups)[0] < 1
 
 
 def simpson(seed, objectives=8, seeds=3):
