@@ -1,0 +1,331 @@
+"""Lemma 1 and its relatives on fresh seeds: both sides are the losses' own, and a wrong constant is noticed."""
+from functools import partial
+from math import cosh, log, sinh
+
+import pytest
+import torch
+from dml_companion.geometry import normalize, pair_masks
+from dml_companion.losses.pairwise import ContrastiveLoss, MultiSimilarityLoss, SNCALoss
+from dml_companion.theory import bounds
+from dml_companion.theory.bounds import (Bound, contrastive_contrast_bound, entropy_bound_from_spread,
+                                         ms_contrast_bound, ms_tightness_bound, snca_contrast_bound,
+                                         snca_tightness_bound, spread)
+from hypothesis import given, settings, strategies as st
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TOLERANCE = 1e-9                # float64: values reach 1 / 0.05 = 20, rounding near 1e-14; sums over at most 48 points
+FIVE = {"snca_T": snca_tightness_bound, "ms_T": ms_tightness_bound, "snca_C": snca_contrast_bound,
+        "ms_C": ms_contrast_bound, "ms_C_common": partial(ms_contrast_bound, common=True),
+        "contrastive_C": contrastive_contrast_bound}
+OPTIONS = {"snca_T": ["temperature"], "snca_C": ["temperature"], "ms_T": ["alpha", "threshold"],
+           "ms_C": ["beta", "threshold"], "ms_C_common": ["beta", "threshold"], "contrastive_C": ["margin"]}
+
+
+def cloud(seed, sizes, d, width):
+    "Unit vectors around class centres; width 0: collapsed, 10: uniform."
+    g = torch.Generator().manual_seed(1000 + seed)
+    y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    centres = torch.randn(len(sizes), d, generator=g, dtype=torch.float64)
+    z = normalize(centres[y] + width * torch.randn(len(y), d, generator=g, dtype=torch.float64))
+    order = torch.randperm(len(y), generator=g)
+    return z[order], 7 * y[order] - 3                                          # labels need not be 0..K-1
+
+
+sizes = st.lists(st.integers(1, 8), min_size=2, max_size=6) | st.tuples(st.integers(2, 8), st.integers(2, 6)).map(
+    lambda t: [t[0]] * t[1])
+problems = st.builds(cloud, st.integers(0, 10**6), sizes, st.sampled_from([2, 3, 16]),
+                     st.sampled_from([0, .05, .5, 10]))
+parameters = st.fixed_dictionaries(dict(
+    temperature=st.sampled_from([.05, .1, .5, 2]), alpha=st.sampled_from([.5, 2, 10]),
+    beta=st.sampled_from([1, 10, 50]), threshold=st.sampled_from([-.2, .5, 1]), margin=st.sampled_from([.3, 1, 1.9])))
+
+
+def options(name, p): return {k: p[k] for k in OPTIONS[name]}
+
+
+def check(name, function, z, y, p, self_pairs):
+    b = function(z, y, **options(name, p), self_pairs=self_pairs)
+    assert isinstance(b, Bound) and b.lower.isfinite() and b.upper.isfinite()
+    assert b.slack >= -TOLERANCE, (name, b)
+
+
+@pytest.mark.parametrize("name", FIVE)
+@given(problem=problems, p=parameters, self_pairs=st.booleans())
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_bounds_hold(name, problem, p, self_pairs): check(name, FIVE[name], *problem, p, self_pairs)
+
+
+def search(bound, sign, y, d, starts=2, steps=80, seed=0):
+    "Extreme slack by gradient: 1 the smallest, -1 the largest."
+    best, g = None, torch.Generator().manual_seed(2000 + seed)
+    for _ in range(starts):
+        raw = torch.randn(len(y), d, generator=g, dtype=torch.float64, requires_grad=True)
+        adam = torch.optim.Adam([raw], lr=.1)
+        for _ in range(steps):
+            adam.zero_grad(); (sign * bound(normalize(raw), y).slack).backward(); adam.step()
+        slack = bound(normalize(raw.detach()), y).slack.item()
+        best = slack if best is None else min(best, slack, key=lambda s: sign * s)
+    return best
+
+
+@pytest.mark.parametrize("self_pairs", [False, True])
+@pytest.mark.parametrize("name", FIVE)
+def test_gradient_descent_finds_no_violation(name, self_pairs):
+    y = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 3])
+    assert search(partial(FIVE[name], self_pairs=self_pairs), 1, y, 3) > -TOLERANCE
+
+
+# ---- the loss sides are the losses
+
+@given(problem=problems, p=parameters, self_pairs=st.booleans())
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_loss_sides_are_what_the_losses_compute(problem, p, self_pairs):
+    z, y = problem
+    snca = SNCALoss(temperature=p["temperature"], self_pairs=self_pairs).parts(z, y)
+    ms = MultiSimilarityLoss(**{k: p[k] for k in ("alpha", "beta", "threshold")}, self_pairs=self_pairs).parts(z, y)
+    hinge = ContrastiveLoss(margin=p["margin"]).parts(z, y)
+    def b(name): return FIVE[name](z, y, **options(name, p), self_pairs=self_pairs)
+    pairs = [(b("snca_T").lower, snca.tightness), (b("ms_T").upper, ms.tightness), (b("snca_C").upper, snca.contrast),
+             (b("ms_C").upper, ms.contrast), (b("ms_C_common").upper, ms.contrast),
+             (b("contrastive_C").upper, hinge.contrast)]
+    for ours, theirs in pairs: torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_bound_sides_by_loops():
+    "The other sides from the formulas, pair by pair, with a class of one."
+    z, y = cloud(5, [1, 3, 4, 2], 4, .7)
+    n, s, lam, alpha, beta, m = len(y), .3, .4, 3., 20., 1.2
+    D2 = [[((z[i] - z[j]) ** 2).sum().item() for j in range(n)] for i in range(n)]
+    def mean(x): return sum(x) / len(x)
+    for own in (False, True):
+        snca = ms = 0.
+        for i in range(n):
+            P = [j for j in range(n) if y[j] == y[i] and (own or i != j)]
+            if not P: continue
+            w = mean([D2[i][j] for j in P])
+            snca -= (log(len(P)) + (1 - w / 2) / s) / n
+            ms += (log(len(P)) / alpha - (1 - w / 2 - lam)) / n
+        assert abs(snca_tightness_bound(z, y, temperature=s, self_pairs=own).upper - snca) < TOLERANCE
+        assert abs(ms_tightness_bound(z, y, alpha=alpha, threshold=lam, self_pairs=own).lower - ms) < TOLERANCE
+    S = mean([D2[i][j] for i in range(n) for j in range(n) if i != j])
+    N = [[j for j in range(n) if y[j] != y[i]] for i in range(n)]
+    ms = mean([log(len(N[i])) / beta + 1 - lam - mean([D2[i][j] for j in N[i]]) / 2 for i in range(n)])
+    negatives = [D2[i][j] for i in range(n) for j in N[i]]
+    hinge = len(negatives) / n * max(m - mean(negatives) ** .5, 0) ** 2
+    assert abs(spread(z) - S) < TOLERANCE
+    assert abs(snca_contrast_bound(z, y, temperature=s).lower - (log(n - 1) + (1 - S / 2) / s)) < TOLERANCE
+    assert abs(ms_contrast_bound(z, y, beta=beta, threshold=lam).lower - ms) < TOLERANCE
+    assert abs(contrastive_contrast_bound(z, y, margin=m).lower - hinge) < TOLERANCE
+
+
+# ---- tight and worst
+
+def test_equality_cases():
+    torch.manual_seed(1001)
+    z, pairs = normalize(torch.randn(12, 5, dtype=torch.float64)), torch.arange(12) // 2
+    assert abs(snca_tightness_bound(z, pairs).slack) < TOLERANCE                        # classes of two
+    point = normalize(torch.randn(4, 5, dtype=torch.float64)).repeat_interleave(3, 0)
+    assert abs(snca_tightness_bound(point, torch.arange(12) // 3, self_pairs=True).slack) < TOLERANCE
+    simplex = normalize(torch.eye(6, dtype=torch.float64) - 1 / 6)
+    assert abs(snca_contrast_bound(simplex, torch.arange(6) // 3).slack) < TOLERANCE
+    one = torch.ones(6, 1, dtype=torch.float64)
+    assert abs(contrastive_contrast_bound(one, torch.arange(6) // 3).slack) < TOLERANCE
+    assert abs(ms_contrast_bound(one, torch.arange(6) // 3).slack) < TOLERANCE            # only 1/50 log(1 + e^-25/3)
+
+
+@pytest.mark.parametrize("sigma", [.1, .5])
+@pytest.mark.parametrize("self_pairs", [False, True])
+def test_antipodal_halves_are_the_worst_of_snca(sigma, self_pairs):
+    def ceiling(t): return log(cosh(1 / sigma) + t * sinh(1 / sigma)) - t / sigma
+    y, z = torch.arange(3).repeat_interleave(4), torch.tensor([1., -1.], dtype=torch.float64).repeat(6)[:, None]
+    top = ceiling(0 if self_pairs else -1 / 3)
+    bound = partial(snca_tightness_bound, temperature=sigma, self_pairs=self_pairs)
+    assert abs(bound(z, y).slack - top) < TOLERANCE
+    assert .5 * top < search(bound, -1, y, 2) < top + TOLERANCE
+    top, bound = ceiling(-1 / 11), partial(snca_contrast_bound, temperature=sigma)
+    assert abs(bound(z, y).slack - top) < TOLERANCE
+    assert .5 * top < search(bound, -1, y, 2) < top + TOLERANCE
+
+
+@given(n_k=st.integers(2, 6), K=st.integers(2, 5), seed=st.integers(0, 10**6), p=parameters, self_pairs=st.booleans())
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_the_chain_end_to_end(n_k, K, seed, p, self_pairs):
+    "Balanced: eq. (2) through the contrastive tightness, eq. (9), and the sharper form of eq. (4)."
+    z, y = cloud(seed, [n_k] * K, 3, .5)
+    s, a, l, m = p["temperature"], p["alpha"], p["threshold"], n_k - (not self_pairs)
+    low = snca_tightness_bound(z, y, temperature=s, self_pairs=self_pairs)
+    ms = ms_tightness_bound(z, y, alpha=a, threshold=l, self_pairs=self_pairs)
+    V = ContrastiveLoss().parts(z, y).tightness / (2 * m)
+    assert abs(low.upper - ((V - 1) / s - log(m))) < 1e-8
+    assert abs(ms.lower - (V + log(m) / a - 1 + l)) < 1e-8
+    assert low.lower <= (ms.upper - l) / s - (1 + 1 / (a * s)) * log(m) + TOLERANCE
+    assert ms.upper >= torch.nn.functional.softplus(log(m) - a * (1 - l - V)) / a - TOLERANCE
+
+
+@given(problem=problems, margin=st.sampled_from([.3, 1, 1.9]))
+@settings(derandomize=True, deadline=None, max_examples=30)
+def test_the_mean_distance_is_sharper_than_the_rms(problem, margin):
+    b = contrastive_contrast_bound(*problem, margin=margin)
+    assert b.lower - TOLERANCE <= hinge(*problem, margin, 1) <= b.upper + 1e-7   # cdist's roots are coarser near 0
+
+
+# ---- mutations: what a wrong proof would give
+
+def mutant(name, change):
+    "The bound with its non-loss side changed; `change(value, z, y, options)`."
+    def function(z, y, **how):
+        b = FIVE[name](z, y, **how)
+        if name == "snca_T": return Bound(b.lower, change(b.upper, z, y, how))
+        return Bound(change(b.lower, z, y, how), b.upper)
+    return function
+
+
+def logs(y, own):
+    sizes = (y[:, None] == y).sum(1) - int(not own)
+    return sizes.clamp_min(1).double().log().mean().item()
+
+
+def V(z, y, own): # by loops over pairs, balanced or not
+    same = y[:, None] == y if own else pair_masks(y)[0]
+    return ((torch.cdist(z, z) ** 2 / 2 * same).sum(1) / same.sum(1).clamp_min(1)).mean().item()
+
+
+MUTANTS = [ # (bound, what is wrong, change)
+    ("snca_T", "sign of V", lambda u, z, y, h: u - 2 * V(z, y, h["self_pairs"]) / h["temperature"]),
+    ("snca_T", "half of V", lambda u, z, y, h: u - .5 * V(z, y, h["self_pairs"]) / h["temperature"]),
+    ("snca_T", "log m twice", lambda u, z, y, h: u - logs(y, h["self_pairs"])),
+    ("snca_T", "1/sigma twice", lambda u, z, y, h: u - 1 / h["temperature"]),
+    ("snca_T", "self pair counted in the size", lambda u, z, y, h: u + logs(y, h["self_pairs"]) - logs(y, True)),
+    ("ms_T", "twice V", lambda u, z, y, h: u + V(z, y, h["self_pairs"])),
+    ("ms_T", "1 - lambda dropped", lambda u, z, y, h: u + 1 - h["threshold"]),
+    ("ms_T", "sign of lambda", lambda u, z, y, h: u + 2 * (1 - h["threshold"])),
+    ("ms_T", "log m without 1/alpha", lambda u, z, y, h: u + logs(y, h["self_pairs"]) * (1 - 1 / h["alpha"])),
+    ("snca_C", "sign of S", lambda u, z, y, h: u + spread(z) / h["temperature"]),
+    ("snca_C", "half of S", lambda u, z, y, h: u + spread(z) / h["temperature"] / 4),
+    ("snca_C", "log n for log(n - 1)", lambda u, z, y, h: u + log(len(z)) - log(len(z) - 1)),
+    ("snca_C", "S over n^2 pairs", lambda u, z, y, h: u + spread(z) / len(z) / h["temperature"] / 2),
+    ("ms_C", "the spread of all pairs", lambda u, z, y, h: u
+        + ((torch.cdist(z, z)**2 * pair_masks(y)[1]).sum(1) / pair_masks(y)[1].sum(1)).mean() / 2 - spread(z) / 2),
+    ("ms_C", "log n without 1/beta", lambda u, z, y, h: u
+        + pair_masks(y)[1].sum(1).double().log().mean() * (1 - 1 / h["beta"])),
+    ("ms_C", "1 + lambda", lambda u, z, y, h: u + 2 * h["threshold"]),
+    ("ms_C_common", "sign of S", lambda u, z, y, h: u + spread(z)),
+    ("ms_C_common", "factor (n - 1)/(n - n_max) dropped", lambda u, z, y, h: u + spread(z) / 2 * (
+        (len(z) - 1) / (len(z) - (y[:, None] == y).sum(1).max()) - 1)),
+    ("contrastive_C", "nearest for rms", lambda u, z, y, h: len(z) * (h["margin"] - nearest(z, y)).relu() ** 2),
+    ("contrastive_C", "no root", lambda u, z, y, h: hinge(z, y, h["margin"], 2, root=False)),
+    ("contrastive_C", "n pairs twice", lambda u, z, y, h: 2 * u),
+    ("contrastive_C", "sign in the hinge", lambda u, z, y, h: hinge(z, y, -h["margin"], 2)),
+]
+
+
+def nearest(z, y): return torch.cdist(z, z)[pair_masks(y)[1]].min()
+
+
+def hinge(z, y, m, power, root=True):
+    D = torch.cdist(z, z)[pair_masks(y)[1]]
+    root = (D**power).mean() ** (1 / power if root else 1)
+    reach = (m - root).relu() if m > 0 else m - root
+    return reach.square() * len(D) / len(z)
+
+
+def probes():
+    "Clouds on which a wrong constant shows: tight configurations and random ones, balanced and not."
+    simplex = normalize(torch.eye(6, dtype=torch.float64) - 1 / 6)
+    tight = [(simplex, torch.arange(6) // 3), (torch.ones(8, 1, dtype=torch.float64), torch.arange(8) // 4),
+             (simplex.repeat_interleave(2, 0), torch.arange(12) // 2), (simplex.repeat(2, 1), torch.arange(12) // 6)]
+    return tight + [cloud(seed, k, 3, w) for seed in range(6) for k in ([3, 3, 3], [1, 2, 8]) for w in (.05, .5, 10)]
+
+
+def holds(name, function):
+    for z, y in probes():
+        for own in (False, True):
+            for p in (dict(temperature=.1, alpha=2., beta=50., threshold=.5, margin=1.),
+                      dict(temperature=1., alpha=10., beta=5., threshold=.2, margin=1.9)):
+                check(name, function, z, y, p, own)
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_the_true_bounds_pass_the_probes(name): holds(name, FIVE[name])
+
+
+@pytest.mark.parametrize("name, what, change", MUTANTS, ids=[f"{n}: {w}" for n, w, _ in MUTANTS])
+def test_mutants_are_caught(name, what, change):
+    with pytest.raises(AssertionError): holds(name, mutant(name, change))
+
+
+# ---- off the sphere
+
+def test_mean_squared_norm_takes_the_place_of_one():
+    failed = torch.zeros(3)
+    for seed in range(40):
+        z, y = cloud(seed, [3, 4, 2], 4, 1.)
+        g = torch.Generator().manual_seed(3000 + seed)
+        z = z * (.2 + 2.5 * torch.rand(1, generator=g).double()) * (.5 + torch.rand(len(z), 1, generator=g).double())
+        rho, s = z.square().sum(1).mean(), .2
+        def slacks(z):
+            return torch.stack([snca_tightness_bound(z, y, temperature=s, require_unit=False).slack,
+                                ms_tightness_bound(z, y, require_unit=False).slack,
+                                snca_contrast_bound(z, y, temperature=s, require_unit=False).slack])
+        stated, shift = slacks(z), torch.stack([(1 - rho) / s, rho - 1, (1 - rho) / s])
+        failed += stated < -1e-8
+        assert (stated + shift > -1e-8).all() and (slacks(z / rho.sqrt()) > -1e-8).all()
+        assert stated[0] > -1e-8 or rho < 1
+        assert stated[1] > -1e-8 or rho > 1
+        assert contrastive_contrast_bound(z, y, require_unit=False).slack > -1e-8
+    assert (failed > 0).all()                                                 # as stated each of the three fails
+
+
+# ---- spread and entropy
+
+def test_spread_is_twice_the_trace_and_sees_only_the_mean():
+    z, _ = cloud(3, [5, 9], 6, 1.)
+    torch.testing.assert_close(spread(z), 2 * z.T.cov().trace())
+    torch.testing.assert_close(spread(z), 2 * 14 / 13 * (1 - z.mean(0).square().sum()))
+
+
+@pytest.mark.parametrize("d", [1, 2, 7])
+def test_entropy_bound_is_the_isotropic_gaussian(d):
+    from torch.distributions import MultivariateNormal
+    eye = torch.eye(d, dtype=torch.float64)
+    def check(function):
+        torch.testing.assert_close(function(2 * d * .49, d), MultivariateNormal(eye[0] * 0, .49 * eye).entropy())
+        skew = torch.diag(torch.linspace(.2, 3, d, dtype=torch.float64))
+        assert function(2 * skew.trace(), d) >= MultivariateNormal(eye[0] * 0, skew).entropy() - TOLERANCE
+    check(entropy_bound_from_spread)
+    for wrong in (lambda S, d: entropy_bound_from_spread(S, d) - .5 * d * log(2),
+                  lambda S, d: -entropy_bound_from_spread(S, d), lambda S, d: entropy_bound_from_spread(S / d, d) - .1):
+        with pytest.raises(AssertionError): check(wrong)
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("name", FIVE)
+def test_bad_input_is_named(name):
+    f, (z, y) = FIVE[name], cloud(1, [3, 3], 4, 1.)
+    longer = z.clone(); longer[2] *= 3
+    with pytest.raises(ValueError, match=r"row 2 .* length 3.*normalize"): f(longer, y)
+    assert f(longer, y, require_unit=False).upper.isfinite()
+    with pytest.raises(ValueError, match="1 class"): f(z, y * 0)
+    with pytest.raises(ValueError, match="6 embeddings but 5 labels"): f(z, y[:5])
+    bad = z.clone(); bad[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="finite, got nan in row 1"): f(bad, y)
+    for option in OPTIONS[name]:
+        if option == "threshold": continue
+        with pytest.raises(ValueError, match=f"{option} must be > 0, got -1"): f(z, y, **{option: -1.})
+
+
+def test_spread_and_entropy_bound_refuse():
+    with pytest.raises(ValueError, match="two points, got 1"): spread(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="spread > 0 .*got 0"): entropy_bound_from_spread(0., 2)
+    with pytest.raises(ValueError, match="dim >= 1, got 1.0 and 0"): entropy_bound_from_spread(1., 0)
+
+
+def test_half_and_single_precision_and_gradients():
+    z, y = cloud(2, [3, 4], 8, 1.)
+    for dtype in (torch.float32, torch.float64):
+        leaf = z.to(dtype).requires_grad_()
+        for f in FIVE.values():
+            b = f(normalize(leaf), y)
+            assert b.slack.dtype == dtype and torch.autograd.grad(b.slack, leaf)[0].isfinite().all()
+    assert bounds.snca_tightness_bound(normalize(z.bfloat16()), y).slack.dtype == torch.float32
