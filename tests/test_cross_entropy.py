@@ -294,6 +294,14 @@ def test_optimal_p_makes_pce_equal_to_spce():
             assert C.pce(z, y, p, lam) > ce
 
 
+def test_iteration_reports_whether_it_settled():
+    z, y, K, lam, _, p = case(1006)
+    end = C.self_consistent_probs(z, p, lam, tolerance=1e-9)
+    cut = C.self_consistent_probs(z, p, lam, tolerance=1e-9, steps=1)
+    assert end.converged and end.change <= 1e-9 and end.steps < 10_000
+    assert not cut.converged and cut.steps == 1 and cut.change > 1e-3 and not cut.probs.requires_grad
+
+
 def test_iteration_climbs_f2():
     for seed in range(1000, 1010):
         z, y, K, lam, theta, _ = case(seed)
