@@ -329,3 +329,24 @@ def test_half_and_single_precision_and_gradients():
             b = f(normalize(leaf), y)
             assert b.slack.dtype == dtype and torch.autograd.grad(b.slack, leaf)[0].isfinite().all()
     assert bounds.snca_tightness_bound(normalize(z.bfloat16()), y).slack.dtype == torch.float32
+
+
+# ---- SNCA's own bound, eq. (10)
+
+def test_snca_bounds_the_conditional_entropy_in_expectation():
+    "Classes uniform on arcs of width w: H(Z|Y) = log w; leave-one-out tightness, averaged over draws."
+    g, m, draws = torch.Generator().manual_seed(4001), 39, 40
+    y = torch.arange(2).repeat_interleave(m + 1)
+    def check(constant):
+        for w, sigma in ((1., .1), (1., .02), (3., .1)):
+            T = 0.
+            for _ in range(draws):
+                a = w * torch.rand(len(y), generator=g, dtype=torch.float64) + 2 * y
+                T += snca_tightness_bound(torch.stack([a.cos(), a.sin()], 1), y, temperature=sigma).lower / draws
+            slack = T + constant(m, torch.tensor(1 / sigma, dtype=torch.float64)) - log(w)
+            assert 0 < slack < .5, slack                                       # a bound, and not an idle one
+    def log_bessel(k): return k + torch.special.i0e(k).log()
+    check(lambda m, k: log(m) + log(6.283185307179586) + log_bessel(k))
+    for wrong in (lambda m, k: log(m) + log_bessel(k), lambda m, k: log(6.283185307179586) + log_bessel(k),
+                  lambda m, k: log(m) + log(6.283185307179586) - log_bessel(k)):
+        with pytest.raises(AssertionError): check(wrong)
