@@ -112,6 +112,8 @@ def vmf_log_constant(dim: int, # d >= 2
                     ) -> float: # log c_d(kappa)
     "Eq. (7): logarithm of the constant of a von Mises-Fisher density on the unit sphere of R^d, in log space."
     check_positive(concentration=concentration)
+    if not concentration <= 1e8:
+        raise ValueError(f"concentration must be at most 1e8, got {concentration}: rounding would leave few digits")
     if dim < 2: raise ValueError(f"a sphere needs dim >= 2, got {dim}")
     order = dim / 2 - 1
     return order * log(concentration) - dim / 2 * log(2 * pi) - log_bessel_i(order, concentration)
@@ -122,10 +124,11 @@ def vmf_entropy(dim: int, concentration: float) -> float: # nats, with respect t
     return -vmf_log_constant(dim, concentration) - concentration * exp(mean_cosine)
 
 def check_kernel(x: Tensor, bandwidth: float, kernel: str) -> None:
-    "ValueError for a bandwidth that is not positive and finite, an unknown kernel, or vmf off the unit sphere."
+    "ValueError for a bandwidth that is not positive or absurd, an unknown kernel, or vmf off the unit sphere."
     check_choice(("gaussian", "vmf"), kernel=kernel)
     check_positive(bandwidth=bandwidth)
-    if bandwidth == inf: raise ValueError("bandwidth must be finite, got inf")
+    if not 1e-100 < bandwidth < 1e100:
+        raise ValueError(f"bandwidth must lie within 1e-100 and 1e100, got {bandwidth}: rescale the points")
     off = (x.square().sum(1) - 1).abs().max().item() / 2
     if kernel == "vmf" and off > 1e-4:
         raise ValueError(f"kernel='vmf' needs unit vectors, but a norm is off by {off:.2g}: call normalize(x) first")
