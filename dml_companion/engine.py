@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'NOISE', 'BUDGET', 'failure_text', 'NotebookFailed', 'broken_cell', 'describe_failure', 'papermill', 'execute',
-           'locked', 'check_code', 'trained_files', 'seal', 'is_front', 'follow_front', 'one_gpu', 'run_job', 'do_job',
-           'note_failure', 'Busy', 'project_lock', 'snakemake_command', 'guarded_snakemake', 'job_environment', 'start',
-           'stop', 'Progress', 'epochs_done', 'last_seconds', 'past_seconds', 'time_left', 'look', 'duration', 'tail',
-           'failures', 'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable',
-           'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'publish']
+           'locked', 'check_code', 'trained_files', 'drop_old_claims', 'seal', 'is_front', 'follow_front', 'one_gpu',
+           'run_job', 'do_job', 'note_failure', 'Busy', 'project_lock', 'snakemake_command', 'guarded_snakemake',
+           'job_environment', 'start', 'stop', 'Progress', 'epochs_done', 'last_seconds', 'past_seconds', 'time_left',
+           'look', 'duration', 'tail', 'failures', 'clean_text', 'clean_output', 'machine_folders', 'reading_copy',
+           'manifest', 'readable', 'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'publish']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
 import fcntl, json, math, os, re, subprocess, sys, tempfile, threading, time
@@ -128,11 +128,19 @@ def trained_files(job: Job, root: Path) -> list[Path]:
     return [folder / name for name in ("record.json", *record.files) if not name.endswith(".pt")]
 
 
+def drop_old_claims(job: Job, wrote: list[Path], root: Path) -> None:
+    "Delete the claims that an earlier version of this notebook left in the same folder and this one did not make."
+    for path in (root / str(job.parameters.get("figures") or "none") / "claims").glob("*.json"):
+        mine = (read_json(path) or {}).get("notebook") == job.notebook
+        if mine and path.resolve() not in {p.resolve() for p in wrote}: path.unlink()
+
+
 def seal(job: Job, listing: Path, # file in which `save_figure` and `save_table` noted what they wrote
          start: str, root: Path) -> None:
     "Check what an executed job left behind and write its manifest."
     check_code(job, root)
     wrote = [Path(line) for line in listing.read_text().splitlines()] if listing.exists() else []
+    drop_old_claims(job, wrote, root)
     if job.kind == "train": wrote += trained_files(job, root)
     seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(start.replace("Z", "+00:00"))).total_seconds()
     write_json_atomic(beside(root / job.output, "manifest.json"), {
@@ -499,7 +507,7 @@ def refresh_quotes(page: Path, # a Markdown file; nothing happens without it
         source = root / found[2]
         return f"{found[1]}\n{source.read_text(encoding='utf-8').strip()}\n<!-- end -->" if source.is_file() else found[0]
     old = page.read_text(encoding="utf-8")
-    new = re.sub(r"(<!-- table: (\S+) -->)\n.*?<!-- end -->", current, old, flags=re.S)
+    new = re.sub(r"(<!-- table: (\S+) -->)\n(?:(?!<!-- table: ).)*?<!-- end -->", current, old, flags=re.S)
     if new != old: write_atomic(page, new)
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c41

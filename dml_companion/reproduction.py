@@ -15,7 +15,7 @@ __all__ = ['PACKAGE', 'BYSTANDERS', 'TRAIN_NOTEBOOK', 'EXEMPT', 'LIBRARIES', 'ST
            'plain_markdown']
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c02
-import ast, hashlib, importlib.util, json, math, os, platform, subprocess, sys
+import ast, hashlib, importlib.util, json, math, os, platform, re, subprocess, sys
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata
@@ -606,7 +606,12 @@ def write_claim(figures: str | Path, # folder; "": nothing is written
     if bool(claim.conditions) != bool(claim.conditional_cases):
         raise ValueError(f"claim {claim.id}: conditions and conditional_cases go together, "
                          f"got {claim.conditions!r} and {claim.conditional_cases}")
-    if "|" in claim.claim + claim.instead + claim.checked: raise ValueError(f"claim {claim.id}: '|' would break the table; use \\mid")
+    if not re.fullmatch(r"\d+\.\d+", claim.id): raise ValueError(f"claim id {claim.id!r} must be notebook.counter, for instance 12.3")
+    if not claim.tolerance >= 0: raise ValueError(f"claim {claim.id}: tolerance must be >= 0, got {claim.tolerance}")
+    for name in ("claim", "source", "checked", "conditions", "instead"):
+        text = getattr(claim, name)
+        if "|" in text or "\n" in text: raise ValueError(f"claim {claim.id}: {name} {text!r} would break the table: no line breaks, and \\mid for '|'")
+        if not text.strip() and name in ("claim", "source", "checked"): raise ValueError(f"claim {claim.id}: {name} is empty")
     if figures: announce(write_json_atomic(output_folder(figures) / "claims" / f"{claim.id}.json", claim.model_dump()))
     return claim
 

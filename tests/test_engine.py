@@ -431,6 +431,23 @@ def test_quoted_tables_are_brought_up_to_date(tmp_path):
     E.refresh_quotes(page, tmp_path)
     quote = "<!-- table: t.md -->\n| \\alpha | 1 |\n<!-- end -->\n"
     assert page.read_text() == f"a\n{quote}b \\d\n{quote}"
+    broken = "<!-- table: t.md -->\nmy words\n## Heading\n<!-- table: t.md -->\nold\n<!-- end -->\n"           # an end was forgotten
+    page.write_text(broken)
+    E.refresh_quotes(page, tmp_path)
+    assert page.read_text() == "<!-- table: t.md -->\nmy words\n## Heading\n" + quote
     stamp = page.stat().st_mtime_ns
     E.refresh_quotes(page, tmp_path); E.refresh_quotes(tmp_path / "none.md", tmp_path)
     assert page.stat().st_mtime_ns == stamp
+
+
+def test_a_claim_that_a_notebook_no_longer_makes_is_dropped(root):
+    "Also when the notebook that gathers claims runs before anything is published."
+    def says(*ids):
+        calls = "\n".join(f"write_claim(figures, id='{i}', claim='c', source='s', checked='k', cases=1, violations=0, tolerance=0, notebook='nbs/alone.ipynb')" for i in ids)
+        write_notebook(root / "nbs/alone.ipynb", "# params\nfigures = ''", f"from dml_companion.reproduction import write_claim\n{calls}")
+        code, out, err = command(root, "reproduce", "--profile", "toy", "--cores", "2")
+        assert code == 0, out + err
+        return sorted(p.name for p in (root / "figures/toy/claims").glob("*.json"))
+    R.write_claim(root / "figures/toy", id="9.9", claim="c", source="s", checked="k", cases=1, violations=0, tolerance=0, notebook="nbs/elsewhere.ipynb")
+    assert says("1.1", "1.2") == ["1.1.json", "1.2.json", "9.9.json"]
+    assert says("1.1") == ["1.1.json", "9.9.json"]

@@ -237,7 +237,9 @@ def test_the_verdict_follows_from_the_counts():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(cases=0), "tried on no case"), (dict(violations=11), "11 violations in 10 cases"), (dict(violations=-1), "-1 violations"),
-    (dict(conditions="balanced"), "go together"), (dict(conditional_cases=3), "go together"), (dict(instead="a | b"), "mid"),
+    (dict(conditions="balanced"), "go together"), (dict(conditional_cases=3), "go together"), (dict(instead="a | b"), "mid"), (dict(source="a | b"), "mid"),
+    (dict(conditions="a\nb", conditional_cases=1), "line breaks"), (dict(claim=" "), "claim is empty"), (dict(tolerance=-1.), "got -1.0"),
+    (dict(id="10b.1"), "notebook.counter"), (dict(id="../../x"), "notebook.counter"),
     (dict(conditions="x", conditional_cases=1, conditional_violations=2), "2 violations in 1 cases"), (dict(verdict="holds"), "unknown key 'verdict'")])
 def test_counts_that_make_no_sense_are_refused(changes, words):
     with pytest.raises(ValueError, match=re.escape(words)): claim(**changes)
