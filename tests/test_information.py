@@ -105,6 +105,21 @@ def test_duplicates_never_give_nan():
     assert abs(I.knn_entropy(quads) - (psi(200) - psi(4) + I.log_ball(3) + 3 * reach.log().mean().item())) < 1e-6
 
 
+def test_huge_and_tiny_points():
+    (x, y), d = labelled(60, 3, 1014), 3
+    for entropy in (I.knn_entropy, I.mean_nn_entropy, I.gaussian_entropy):
+        for s in (1e300, 1e200, 1e-200, 1e-300):
+            assert abs(entropy(s * x) - entropy(x) - d * log(s)) < 1e-9  # rounding of 2,000
+    for f in (I.mutual_information, I.linear_information, partial(I.mutual_information, method="gaussian")):
+        assert all(abs(f(s * x, y) - f(x, y)) < 1e-6 for s in (1e200, 1e-200))
+    assert I.scott_bandwidth(1e-200 * x) == pytest.approx(1e-200 * I.scott_bandwidth(x), rel=1e-12)
+
+
+def test_blocks_have_enough_rows():
+    assert I.block(60_000) == 128 and I.block(100) == 2500
+    assert [r.stop - r.start for r, _ in I.distance_rows(cloud(3000, 1, 1015))][0] == 128
+
+
 def test_float32_and_offsets_do_not_matter():
     x = cloud(300, 64, 1011).float()
     y = torch.arange(300) % 5
@@ -152,6 +167,23 @@ def test_mean_nn_is_not_the_entropy():
     caught(check_mean_nn_limit, lambda d: 0., lambda d: -mean_nn_bias(d), lambda d: mean_nn_bias(d) - 1)
     assert [round(mean_nn_bias(d), 2) for d in (2, 5)] == [.12, .79] and 2.2 < mean_nn_bias(10) < 2.22
     for d in (16, 64, 256): assert abs(mean_nn_bias(d) - (d / 2 * log(2) - log(pi * d) / 2 + .5)) < 1 / d * 5
+
+
+def check_constant_bias(entropy):
+    "Up to a constant of n and d an estimate is right if shapes of known entropy have the same bias."
+    for d in (2, 5):
+        x = cloud(1000, d, 1045)
+        two = x + 50 * (torch.arange(1000)[:, None] % 2) * torch.eye(d, dtype=F)[0]
+        bias = entropy(x) - normal_entropy(d), entropy(two) - normal_entropy(d) - log(2)
+        assert abs(bias[0] - bias[1]) < .15                              # k-NN: some .05 apart
+
+
+def test_mean_nn_is_not_the_entropy_up_to_a_constant():
+    check_constant_bias(I.knn_entropy)
+    check_constant_bias(lambda x: I.knn_entropy(x) + 7)                  # a constant is no reason to fail
+    caught(check_constant_bias, I.mean_nn_entropy, lambda x: 2 * I.mean_nn_entropy(x), I.gaussian_entropy)
+    two = cloud(2000, 2, 1046) + 50 * (torch.arange(2000)[:, None] % 2) * torch.eye(2, dtype=F)[0]
+    assert 2.8 < I.mean_nn_entropy(two) - normal_entropy(2) - log(2) < 3.05
 
 
 def check_gaussian(entropy):
@@ -204,6 +236,9 @@ def test_vmf_integrates_to_one():
         for kappa in (1e-3, 1., 20., 1e3, 1e5): assert isfinite(I.vmf_log_constant(d, kappa)) and isfinite(I.vmf_entropy(d, kappa))
         entropies = [I.vmf_entropy(d, kappa) for kappa in (1e-3, 1., 20., 1e3, 1e5)]
         assert entropies == sorted(entropies, reverse=True)
+    for d in (2, 3, 16):                                                 # at large kappa: normal on the tangent plane
+        for kappa in (1e6, 5e7, 1e8):
+            assert abs(I.vmf_entropy(d, kappa) - (d - 1) / 2 * log(2 * pi / kappa) - (d - 1) / 2) < 1e-5 + d * d / kappa
     angle = torch.distributions.VonMises(torch.tensor(0., dtype=F), torch.tensor(4., dtype=F))
     t = torch.linspace(-pi, pi, 20_001, dtype=F)
     assert abs(I.vmf_entropy(2, 4.) + torch.trapezoid(angle.log_prob(t).exp() * angle.log_prob(t), t).item()) < 1e-6
@@ -225,10 +260,21 @@ def test_kde_is_its_formula(kernel, h):
     caught(check, lambda *a: -I.kde_entropy(*a), lambda *a: I.kde_entropy(*a) + log(24 / 25), lambda x, h, k: I.kde_entropy(x, h * h, k))
 
 
-def test_kde_errs_upwards_in_expectation():
+def check_errs_upwards(entropy):
     for h in (.1, .4, 1.):
-        got = torch.tensor([I.kde_entropy(cloud(100, 2, 1070 + s), h) - normal_entropy(2) for s in range(60)])
-        assert got.mean() > -3 * got.std() / 60 ** .5
+        got = torch.tensor([entropy(cloud(100, 2, 1070 + s), h) - normal_entropy(2) for s in range(60)])
+        assert got.mean() > -3 * got.std() / 60 ** .5                    # three standard errors
+
+
+def lit_by_itself(x, h): # the mistake that eq. (6) avoids
+    table = -torch.cdist(x, x).square() / (2 * h * h)
+    return log(len(x)) + x.shape[1] / 2 * log(2 * pi * h * h) - table.logsumexp(1).mean().item()
+
+
+def test_kde_errs_upwards_in_expectation():
+    check_errs_upwards(I.kde_entropy)
+    caught(check_errs_upwards, lit_by_itself, lambda x, h: -I.kde_entropy(x, h),
+           lambda x, h: I.kde_entropy(x, h) - log(len(x) - 1), lambda x, h: I.kde_entropy(x, h) + 2 * log(h))
 
 
 # ---- mutual information
@@ -304,14 +350,36 @@ def test_collapse_is_the_entropy_of_the_labels():
             assert I.kde_information(x, y, .05) == pytest.approx(log(len(y) - 1) - sum(m / len(y) * log(m - 1) for m in sizes), abs=1e-9)
 
 
-@few
-@given(seeds, st.integers(1, 6))
-def test_bounded_estimators_stay_below_their_bound(seed, d):
-    x, y = labelled(50, d, seed, apart=4.)
-    sizes = y.bincount().tolist()
-    assert I.mutual_information(x, y) <= psi(50) - sum(m / 50 * psi(m) for m in sizes) + 1e-9
-    assert I.kde_information(x, y, .3) <= log(49) - sum(m / 50 * log(m - 1) for m in sizes) + 1e-9
-    assert I.linear_information(x, y) <= I.label_entropy(y)
+def check_ross_bound(information):
+    for seed in range(1200, 1212):
+        x, y = labelled(50, 1 + seed % 6, seed, apart=4.)
+        assert information(x, y) <= psi(50) - sum(m / 50 * psi(m) for m in y.bincount().tolist()) + 1e-9
+
+
+def check_kde_bound(information):
+    for seed in range(1200, 1212):
+        x, y = labelled(50, 1 + seed % 6, seed, apart=4.)
+        assert information(x, y) <= log(49) - sum(m / 50 * log(m - 1) for m in y.bincount().tolist()) + 1e-9
+
+
+def check_linear_bound(information):
+    for seed in range(1200, 1212):
+        x, y = labelled(50, 1 + seed % 6, seed, apart=4.)
+        assert information(x, y) <= I.label_entropy(y)
+
+
+def test_bounded_estimators_stay_below_their_bound():
+    def share(y, f): return sum(m / 50 * f(m) for m in y.bincount().tolist())
+    check_ross_bound(I.mutual_information)
+    caught(check_ross_bound, lambda x, y: I.mutual_information(x, y) + share(y, psi),    # a dropped term
+           lambda x, y: I.mutual_information(x, y) + psi(3), lambda x, y: 2 * psi(50) - 2 * share(y, psi) - I.mutual_information(x, y))
+    def kde(x, y): return I.kde_information(x, y, .3)
+    check_kde_bound(kde)
+    caught(check_kde_bound, lambda x, y: kde(x, y) + share(y, lambda m: log(m - 1)), lambda x, y: kde(x, y) + log(50 / 49),
+           lambda x, y: 2 * log(49) - 2 * share(y, lambda m: log(m - 1)) - kde(x, y))    # the sign of log A/B
+    check_linear_bound(I.linear_information)
+    caught(check_linear_bound, lambda x, y: 2 * I.label_entropy(y) - I.linear_information(x, y),     # H(Y) + CE
+           lambda x, y: 2 * I.linear_information(x, y))
 
 
 @pytest.mark.parametrize("gap,truth", [(.6, log(4)), (2., log(2))])
@@ -336,6 +404,7 @@ def test_labels_may_be_any_numbers_in_any_order():
     more = torch.cat([x, x[:1] + 9])
     for method in ("knn", "gaussian", "mean_nn"): assert I.mutual_information(more, single, method) == I.mutual_information(x, y, method)
     assert isfinite(I.conditional_entropy(more, single))
+    assert abs(I.conditional_entropy(x, torch.tensor([1] * 79 + [0])) - I.knn_entropy(x[:79])) < 1e-12   # one class left
 
 
 # ---- the classifier's bound
@@ -396,6 +465,11 @@ def test_every_point_is_held_out(monkeypatch):
 # ---- bad input is named
 
 x, y = cloud(20, 3, 1170), torch.arange(20) % 4
+dead, one_point = torch.cat([x, torch.zeros(20, 1)], 1), torch.where(y[:, None] == 2, 1., x)
+flat = torch.where((y[:, None] == 2) & (torch.arange(3) == 2), x[:, :1], x)       # class 2 on a plane
+lonely = torch.tensor([7] * 18 + [8, 9])
+NEED_LABELS = (I.mutual_information, I.ross_information, lambda x, y: I.kde_information(x, y, .5), I.linear_information,
+               I.conditional_entropy, I.classifier_bound, lambda x, y: I.label_entropy(y))
 BAD = [
     (lambda: I.knn_entropy(x, 20), "k must be an integer from 1 to 19.*got 20"), (lambda: I.knn_entropy(x, 0), "got 0"),
     (lambda: I.knn_entropy(x, 2.), "got 2.0"), (lambda: I.knn_entropy(x[:1]), "1 points are too few"),
@@ -413,6 +487,32 @@ BAD = [
     (lambda: I.mutual_information(x, y, "kde"), "needs a bandwidth, got None"),
     (lambda: I.mutual_information(cloud(8, 5, 1171), torch.arange(8) % 2, "gaussian"), "4 points in 5 dimensions"),
     (lambda: I.classifier_bound(x, y), "0..2, got 0..3"), (lambda: I.classifier_bound(x, -y), "got -3..0"),
+    (lambda: I.knn_entropy(x, dim=True), "got True"), (lambda: I.knn_entropy(x[:, :0]), r"d >= 1, got shape \(20, 0\)"),
+    (lambda: I.gaussian_entropy(x[:, :0]), "d >= 1"), (lambda: I.mutual_information(x[:, :0], y), "d >= 1"),
+    (lambda: I.knn_entropy(torch.tensor(3.)), r"got shape \(\)"), (lambda: I.mean_nn_entropy(None), "got NoneType"),
+    (lambda: I.knn_entropy([[1.], [2.]]), "embeddings must be a torch tensor, got list"),
+    (lambda: I.kde_entropy(1e200 * x, 1.), "points reach .*e.200, beyond 1e100"), (lambda: I.label_entropy(torch.tensor(3)), "labels"),
+    (lambda: I.vmf_entropy(3, -1.), "concentration must be > 0, got -1.0"), (lambda: I.vmf_entropy(3, 0.), "concentration must be > 0"),
+    (lambda: I.vmf_entropy(3, float("nan")), "concentration must be > 0, got nan"), (lambda: I.vmf_entropy(3, 1e9), "at most 1e8"),
+    (lambda: I.vmf_entropy(1, 1.), "dim must be an integer >= 2.*got 1"), (lambda: I.vmf_entropy(2.5, 1.), "got 2.5"),
+    (lambda: I.log_bessel_i(-.5, 1.), "order must be a number >= 0, got -0.5"), (lambda: I.log_bessel_i(1., 0.), "x must be > 0.*got 0.0"),
+    (lambda: I.log_bessel_i(float("nan"), 1.), "got nan"), (lambda: I.log_bessel_i(1., inf), "got inf"),
+    (lambda: I.mutual_information(dead, y, "gaussian"), r"H\(Z\|Y=0\) is -inf \(constant columns \[3\]"),
+    (lambda: I.mutual_information(dead.repeat(3, 1), y.repeat(3), "gaussian"), r"is -inf \(constant columns \[3\]\)"),
+    (lambda: I.mutual_information(one_point, y + 10, "gaussian"), r"H\(Z\|Y=12\) is -inf \(all its points coincide"),
+    (lambda: I.mutual_information(one_point, y + 10, "mean_nn"), r"H\(Z\|Y=12\) is -inf \(all its points coincide"),
+    (lambda: I.mutual_information(flat, y, "gaussian"), r"H\(Z\|Y=2\) is -inf \(its points fill less than 3"),
+    (lambda: I.mutual_information(torch.ones(20, 3), y, "mean_nn"), "is -inf .all its points coincide"),
+    *((lambda f=f: f(x, lonely), "only class 7 has two or more points") for f in
+      (I.mutual_information, I.linear_information, lambda x, y: I.kde_information(x, y, .5),
+       lambda x, y: I.mutual_information(x, y, "gaussian"), lambda x, y: I.mutual_information(x, y, "mean_nn"))),
+    *((lambda f=f: f(x, None), "labels must be a torch tensor.*got None") for f in NEED_LABELS),
+    *((lambda f=f: f(x, [0, 1] * 10), "labels must be a torch tensor, got list") for f in NEED_LABELS),
+    (lambda: I.classifier_bound(x.masked_fill(x > 1, inf), y % 3), "scores must be finite, got inf"),
+    (lambda: I.classifier_bound(x[0], y % 3), "scores must be"), (lambda: I.classifier_bound(x[:4], y % 3), "4 scores but 20 labels"),
+    (lambda: I.linear_information(x, y, weight_decay=inf), "weight_decay must be finite, got inf"),
+    (lambda: I.linear_information(x, y, weight_decay=float("nan")), "weight_decay must be > 0, got nan"),
+    (lambda: I.linear_information(x, y, seed=1.5), "seed must be an integer, got 1.5"),
     (lambda: I.linear_information(x, y, folds=1), "got 1"), (lambda: I.linear_information(x, y, weight_decay=0.), "got 0.0"),
 ]
 
