@@ -1,6 +1,7 @@
 "Cross-entropy and pairs: each identity and bound on fresh seeds, each with a mutation that must be caught; bad input."
 from math import exp, log
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,8 @@ def test_tightness_is_a_sum_over_pairs_and_that_of_the_contrastive_loss_on_the_s
     own, n = (y[:, None] == y).double(), len(z)
     def pairs(T): assert_close(T(z, y, lam), -(z @ z.T * own).sum() / (2 * lam * n ** 2), rtol=TINY, atol=TINY)
     pairs(C.pce_tightness)
-    caught(pairs, lambda *a: -C.pce_tightness(*a), lambda *a: 2 * C.pce_tightness(*a), lambda *a: C.pce_tightness(*a) * n)
+    caught(pairs, lambda *a: -C.pce_tightness(*a), lambda *a: 2 * C.pce_tightness(*a),
+           lambda *a: C.pce_tightness(*a) * n)
     u = normalize(z)
     contrast, shares = (squared_distances(u) * own).sum() / n, (y.bincount().double() / n).square().sum()
     def sphere(factor, constant):
@@ -126,8 +128,19 @@ def test_spce_is_cross_entropy_of_the_class_sums_and_never_below_the_best(seed):
     same(C.spce(z, y, lam))
     caught(same, C.spce(z, y, 1.05 * lam), C.spce(-z[:, :1].expand_as(z), y, lam) + 1e-3)
     assert_close(C.spce(z, 7 - 3 * y, lam), C.spce(z, y, lam), rtol=TINY, atol=TINY)      # any numbers serve as labels
-    theta = C.best_classifier(z, y, 1e-6, tolerance=1e-8)
-    assert C.spce(z, y, lam) >= F.cross_entropy(z @ theta.T, y) - 1e-5                   # lam |theta|^2 / 2 of the oracle
+
+
+def test_spce_is_never_below_the_best_classifier():
+    clouds = [case(seed)[:4] for seed in range(1000, 1020)]
+    bottom = [F.cross_entropy(z @ C.best_classifier(z, y, 1e-6, tolerance=1e-8).T, y) for z, y, _, _ in clouds]
+    def never_below(loss):
+        for (z, y, _, lam), least_ce in zip(clouds, bottom):
+            assert loss(z, y, lam) >= least_ce - 1e-5                            # lam |theta|^2 / 2 of the oracle
+    never_below(C.spce)
+    caught(never_below, lambda *a: C.spce(*a) + C.pce_tightness(*a), lambda *a: C.spce(*a) / 2, C.centred_bound)
+    def never_above(loss):
+        for (z, y, _, lam), least_ce in zip(clouds, bottom): assert loss(z, y, lam) <= least_ce + 1e-5
+    with pytest.raises(AssertionError): never_above(C.spce)                      # the inequality turned round
 
 
 # ---- the dual
@@ -160,7 +173,8 @@ def test_dual_equals_its_sum_over_pairs(seed):
     z, y, K, lam, _, q = case(seed)
     error, n = F.one_hot(y, K) - q, len(z)
     pairs = sum(error[i] @ error[j] * (z[i] @ z[j]) for i in range(n) for j in range(n)) / (2 * lam * n ** 2)
-    def same(sign): assert_close(C.dual_bound(z, y, q, lam), torch.special.entr(q).sum() / n + sign * pairs, rtol=TINY, atol=TINY / lam)
+    dual, entropy = C.dual_bound(z, y, q, lam), torch.special.entr(q).sum() / n
+    def same(sign): assert_close(dual, entropy + sign * pairs, rtol=TINY, atol=TINY / lam)
     same(-1)
     caught(same, 1, -2, 0)
 
@@ -255,6 +269,43 @@ def test_uniform_p_is_self_consistent_and_gives_the_dual_bound_not_a_bound_of_ce
     assert fails > 5                                                             # cut by a line: as stated it fails
 
 
+def cloud(kind, seed):
+    "Random labels, overlapping blobs, or cut by planes; at least two classes."
+    g = generator(seed)
+    K, d, n = (int(torch.randint(a, b, (), generator=g)) for a, b in ((2, 5), (1, 4), (30, 80)))
+    z, y = gauss(g, n, d), torch.arange(n) % K
+    if kind == "blobs": z = z + .5 * gauss(g, K, d)[y]
+    if kind == "cut by planes": y = (z @ gauss(g, d, K)).argmax(1).unique(return_inverse=True)[1]
+    return (z, y, int(y.max()) + 1) if y.max() else cloud(kind, seed + 10**6)
+
+
+def curvature(theta, z):
+    "Smallest eigenvalue of the Hessian of cross-entropy by autograd, the d directions of the gauge left out."
+    def ce(t): return (z @ t.view_as(theta).T).logsumexp(1).mean()               # the labels only add a linear part
+    return torch.linalg.eigvalsh(torch.autograd.functional.hessian(ce, theta.flatten()))[z.shape[1]].item()
+
+
+def test_condition_under_which_proposition_1_holds():
+    def holds(kinds, condition):
+        met = 0
+        for kind in kinds:
+            for seed in range(1000, 1012):
+                z, y, K = cloud(kind, seed)
+                flat = torch.full((len(z), K), 1 / K, dtype=z.dtype)
+                lam = torch.linalg.eigvalsh(z.T @ z / len(z))[0].item() * (K - 1) / K ** 2   # of A_k at p = 1/K
+                theta = C.best_classifier(z, y, 1e-7, tolerance=1e-8)
+                if condition(theta, z, lam):
+                    met += 1
+                    assert F.cross_entropy(z @ theta.T, y) >= C.pce(z, y, flat, lam) - 1e-6
+        return met
+    def curved(theta, z, lam): return min(curvature(t / 8 * theta, z) for t in range(9)) >= lam
+    assert holds(("random labels", "blobs", "cut by planes"), curved) > 5
+    def dropped(theta, z, lam): return True
+    def at_zero_only(theta, z, lam): return curvature(0 * theta, z) >= lam
+    for mutant in (dropped, at_zero_only):
+        with pytest.raises(AssertionError): holds(["cut by planes"], mutant)
+
+
 def test_heavy_tailed_counter_example():
     z = torch.tensor([10.] + [.1] * 9 + [-.1] * 10, dtype=torch.float64)[:, None]
     y, half = torch.tensor([0] * 10 + [1] * 10), torch.full((20, 2), .5, dtype=torch.float64)
@@ -279,6 +330,39 @@ def test_iterated_and_optimal_p_turn_the_inequality_round(seed):
         again = (z @ (end.probs.T @ z / len(z)).T / lam).softmax(1)
         assert (again - end.probs).abs().max() <= 1e-8
     assert C.pce(z, y, end.probs, lam) >= C.spce(z, y, lam) - TINY
+
+
+def test_iterated_p_is_at_or_above_spce_and_that_above_the_best():
+    def chain(value, clouds=range(1000, 1020)):
+        for seed in clouds:
+            z, y, K, lam, _, _ = case(seed)
+            lam /= 10
+            p = C.self_consistent_probs(z, F.one_hot(y, K).double(), lam, tolerance=1e-9, steps=2000).probs
+            theta = C.best_classifier(z, y, 1e-6, tolerance=1e-8)
+            assert value(z, y, p, lam) >= C.spce(z, y, lam) - TINY
+            assert C.spce(z, y, lam) >= F.cross_entropy(z @ theta.T, y) - 1e-5
+    chain(C.pce)
+    def uniform(z, y, p, lam): return C.pce(z, y, torch.full_like(p, 1 / p.shape[1]), lam)
+    def doubled(z, y, p, lam): return C.pce(z, y, p, lam) - (p.T @ z / len(z)).square().sum() / (2 * lam)
+    def turned(z, y, p, lam): return 2 * C.spce(z, y, lam) - C.pce(z, y, p, lam)
+    caught(chain, uniform, doubled, turned, C.dual_bound)
+
+
+def test_uniform_p_repels_but_not_every_start():
+    "Started next to uniform p the iteration leaves; the labels of clouds without class sums lead straight to it."
+    for seed in range(1000, 1010):
+        z, y, K = cloud("random labels", seed)
+        lam = torch.linalg.eigvalsh(z.T @ z / len(z))[0].item() * (K - 1) / K ** 2
+        def leaves(lam):
+            p = (1e-4 * gauss(generator(seed), len(z), K)).softmax(1)
+            end = C.self_consistent_probs(z, p, lam, tolerance=1e-9)
+            assert end.converged and (end.probs - 1 / K).abs().max() > .01
+        leaves(lam)
+        caught(leaves, 1e3 * lam)                                                # far from the condition it attracts
+    z = torch.tensor([[1., 0], [-1, 0], [0, 1], [0, -1]]).double().repeat(2, 1)
+    y, lam = torch.tensor([0, 0, 1, 1]).repeat(2), .05                           # smallest eigenvalue of A_k: 1 / 8
+    end = C.self_consistent_probs(z, F.one_hot(y, 2).double(), lam)
+    assert end.converged and end.steps <= 2 and torch.equal(end.probs, torch.full((8, 2), .5).double())
 
 
 def test_optimal_p_makes_pce_equal_to_spce():
@@ -366,13 +450,59 @@ def test_all_are_differentiable():
     assert check(lambda t, z: C.regularised_cross_entropy(t, z, y, lam), (theta.requires_grad_(), z))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("lam", (5e-4, 1e-6))
+def test_gradients_stay_finite_when_probabilities_underflow(dtype, lam):
+    z = normalize(gauss(generator(1000), 60, 3) + 2 * torch.eye(3).double().repeat(20, 1)).to(dtype).requires_grad_()
+    y = torch.arange(60) % 3
+    q = (z @ C.class_shares(z, y, 3).T / lam).softmax(1)
+    assert (q == 0).any()
+    def finite(low):
+        slope = torch.autograd.grad(low, z, retain_graph=True)[0]
+        assert low.isfinite() and slope.isfinite().all()
+    finite(C.dual_bound(z, y, q, lam))
+    for end in C.sandwich(z, y, lam): finite(end)
+    caught(finite, torch.special.entr(q).sum(1).mean())                          # its slope at 0 is infinite
+    assert_close(C.dual_bound(z, y, q, lam) - C.dual_bound(z, y, F.one_hot(y, 3).to(dtype), lam) +
+                 (C.class_shares(z, y, 3) - C.soft_shares(z, q)).square().sum() / (2 * lam),
+                 torch.special.entr(q).sum(1).mean(), rtol=1e-5, atol=1e-7)      # its value is the entropy's
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_precision_is_cast_up(dtype):
+    z, y, K, lam, theta, p = case(1002)
+    a, t, q = z.to(dtype), theta.to(dtype), (8 * p / p.sum(1, keepdim=True)).softmax(1)
+    def same(value, wide): assert value.dtype == torch.float32 and torch.equal(value, wide)
+    for f in (C.spce, C.pce_tightness, C.centred_bound): same(f(a, y, lam), f(a.float(), y, lam))
+    for f in (C.pce, C.dual_bound): same(f(a, y, q.float(), lam), f(a.float(), y, q.float(), lam))
+    for mine, wide in zip(C.sandwich(a, y, lam), C.sandwich(a.float(), y, lam)): same(mine, wide)
+    same(C.regularised_cross_entropy(t, a, y, lam), C.regularised_cross_entropy(t.float(), a.float(), y, lam))
+    for mine, wide in zip(C.split_terms(t, a, y, lam), C.split_terms(t.float(), a.float(), y, lam)): same(mine, wide)
+    coarse = C.check_probs(q.to(dtype), a.float())                               # its rows sum to one only roughly
+    assert coarse.dtype == torch.float32 and (coarse.sum(1) - 1).abs().max() < 1e-6
+    with pytest.raises(AssertionError): same(C.spce(a, y, lam), C.spce(z.float(), y, lam))
+
+
+def test_lam_may_be_a_tensor_with_gradient(recwarn):
+    z, y, K, _, theta, p = case(1001)
+    lam = torch.tensor(.3, dtype=torch.float64, requires_grad=True)
+    for value in (C.pce(z, y, p, lam), C.dual_bound(z, y, p, lam), C.spce(z, y, lam), *C.sandwich(z, y, lam),
+                  C.regularised_cross_entropy(theta, z, y, lam)):
+        assert torch.autograd.grad(value, lam, retain_graph=True)[0].isfinite()
+    assert_close(torch.autograd.grad(C.pce_tightness(z, y, lam), lam)[0], -C.pce_tightness(z, y, .3) / .3)
+    assert not C.self_consistent_probs(z, p, lam).probs.requires_grad
+    assert_close(C.best_classifier(z, y, lam), C.best_classifier(z, y, .3))
+    assert not recwarn.list
+
+
 def test_scalars_and_dtypes():
     z, y, K, lam, theta, p = case(1002)
     for dtype in (torch.float32, torch.float64):
         a, q = z.to(dtype), p.to(dtype)
-        values = C.pce(a, y, q, lam), C.spce(a, y), C.dual_bound(a, y, q, lam), *C.sandwich(a, y, lam), C.centred_bound(a, y, lam)
+        values = (C.pce(a, y, q, lam), C.spce(a, y), C.dual_bound(a, y, q, lam), *C.sandwich(a, y, lam),
+                  C.centred_bound(a, y, lam))
         assert all(v.shape == () and v.dtype == dtype for v in values)
-    assert_close(C.pce(z.float(), y, (30 * theta.float() @ z.float().T).T.softmax(1), lam).isfinite(), torch.tensor(True))
+    assert C.pce(z.float(), y, (30 * theta.float() @ z.float().T).T.softmax(1), lam).isfinite()
     huge = C.pce(1e3 * z, y, p, 1e-3)                                           # exponents of 1e9 and no overflow
     assert huge.isfinite() and C.spce(1e3 * z, y, 1e-3).isfinite()
 
@@ -402,7 +532,7 @@ def test_oracle_says_when_it_fails():
 # ---- bad input
 
 Z, Y = torch.arange(12, dtype=torch.float64).view(6, 2).sin(), torch.arange(6) % 2
-P = torch.full((6, 2), .5, dtype=torch.float64)
+P, ZERO = torch.full((6, 2), .5, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
 CALLS = dict(pce=lambda z=Z, y=Y, p=P, lam=1.: C.pce(z, y, p, lam),
              dual_bound=lambda z=Z, y=Y, p=P, lam=1.: C.dual_bound(z, y, p, lam),
              self_consistent_probs=lambda z=Z, y=Y, p=P, lam=1.: C.self_consistent_probs(z, p, lam),
@@ -411,8 +541,8 @@ CALLS = dict(pce=lambda z=Z, y=Y, p=P, lam=1.: C.pce(z, y, p, lam),
              centred_bound=lambda z=Z, y=Y, p=P, lam=1.: C.centred_bound(z, y, lam),
              pce_tightness=lambda z=Z, y=Y, p=P, lam=1.: C.pce_tightness(z, y, lam),
              best_classifier=lambda z=Z, y=Y, p=P, lam=1.: C.best_classifier(z, y, lam),
-             split_terms=lambda z=Z, y=Y, p=P, lam=1.: C.split_terms(torch.zeros(2, 2).double(), z, y, lam),
-             regularised_cross_entropy=lambda z=Z, y=Y, p=P, lam=1.: C.regularised_cross_entropy(torch.zeros(2, 2).double(), z, y, lam))
+             split_terms=lambda z=Z, y=Y, p=P, lam=1.: C.split_terms(ZERO, z, y, lam),
+             regularised_cross_entropy=lambda z=Z, y=Y, p=P, lam=1.: C.regularised_cross_entropy(ZERO, z, y, lam))
 WITH_PROBS = "pce", "dual_bound", "self_consistent_probs"
 
 
@@ -432,9 +562,51 @@ def test_bad_input_is_named(name):
     with pytest.raises(ValueError, match="integers"): call(y=Y.double())
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_kinds_of_input_are_named(name):
+    call = CALLS[name]
+    for lam, shown in (("1", "'1'"), (None, "None"), (torch.ones(2), r"tensor\(\[1., 1.\]\)"), (True, "True"),
+                       (torch.tensor(True), "True"), (torch.tensor(-2.), "-2.0"), (1j, "1j"), ([1.], r"\[1.0\]")):
+        with pytest.raises(ValueError, match=f"lam must be a positive number, got {shown}"): call(lam=lam)
+    for lam in (1, torch.tensor(1), torch.tensor(1.), np.float32(1)): call(lam=lam)
+    for z, shown in ((Z.tolist(), "list"), (Z.numpy(), "ndarray")):
+        with pytest.raises(ValueError, match=f"embeddings must be a torch tensor, got {shown}"): call(z=z)
+    with pytest.raises(ValueError, match=r"embeddings must have at least one dimension, got shape \(6, 0\)"):
+        call(z=Z[:, :0])
+    if name == "self_consistent_probs": return
+    for y, shown in ((Y.tolist(), "list"), (Y.numpy(), "ndarray")):
+        with pytest.raises(ValueError, match=f"labels must be a torch tensor, got {shown}"): call(y=y)
+
+
+@pytest.mark.parametrize("name", ("pce", "dual_bound", "self_consistent_probs", "spce", "sandwich", "pce_tightness",
+                                  "centred_bound"))
+def test_overflow_is_named_and_not_blamed_on_probabilities(name):
+    probs = torch.tensor([[.9, .1]]).expand(6, 2)                                # not uniform, so the logits differ
+    for z, lam, dtype in ((1e20 * Z.float(), 1e-3, "float32"), (Z, 1e-320, "float64")):
+        with pytest.raises(ValueError, match=f"overflow torch.{dtype} at lam = {lam:g}: use float64, a larger lam"):
+            CALLS[name](z=z, p=probs.to(z.dtype), lam=lam)
+
+
+def test_bad_classifiers_are_named():
+    good, broken = ZERO, ZERO.clone()
+    broken[1, 0] = float("nan")
+    for f in (C.split_terms, C.regularised_cross_entropy, lambda t, z, y, lam: C.scores(t, z)):
+        f(good, Z, Y, 1.)
+        for theta, message in ((good.tolist(), "theta must be a torch tensor, got list"),
+                               (broken, "theta must be finite, got nan"),
+                               (good.numpy(), "theta must be a torch tensor, got ndarray"),
+                               (good.float(), "theta is torch.float32 but the embeddings are torch.float64"),
+                               (good.long(), "theta is torch.int64"), (good[0], r"theta must be \(K, 2\)"),
+                               (good + 1e308, "overflow torch.float64")):
+            with pytest.raises(ValueError, match=message): f(theta, 1e3 * Z, Y, 1.)
+
+
 @pytest.mark.parametrize("name", WITH_PROBS)
 def test_bad_probabilities_are_named(name):
     call = CALLS[name]
+    for p, shown in ((P.tolist(), "list"), (P.numpy(), "ndarray")):
+        with pytest.raises(ValueError, match=f"probs must be a torch tensor, got {shown}"): call(p=p)
+        with pytest.raises(ValueError, match=f"probs must be a torch tensor, got {shown}"): C.check_probs(p, Z)
     def changed(row, values): q = P.clone(); q[row] = torch.tensor(values, dtype=q.dtype); return q
     for p, message in ((changed(2, [-.5, 1.5]), "must be >= 0, got -0.5"), (changed(4, [.5, .6]), "got 1.1 in row 4"),
                        (changed(1, [.5, float("nan")]), "finite, got nan"), (P[:5], r"must be \(6, K\).*\(5, 2\)"),
@@ -447,7 +619,8 @@ def test_bad_probabilities_are_named(name):
 
 def test_labels_out_of_range_and_misfit_classifiers_are_named():
     for call in (CALLS["pce"], CALLS["dual_bound"], CALLS["split_terms"], CALLS["regularised_cross_entropy"]):
-        with pytest.raises(ValueError, match="labels reach from 0 to 2, but there are 2 classes"): call(y=torch.arange(6) % 3)
+        with pytest.raises(ValueError, match="labels reach from 0 to 2, but there are 2 classes"):
+            call(y=torch.arange(6) % 3)
         with pytest.raises(ValueError, match="labels reach from -1 to 0"): call(y=Y - 1)
     with pytest.raises(ValueError, match=r"theta must be \(K, 2\).*\(2, 5\)"):
         C.regularised_cross_entropy(torch.zeros(2, 5).double(), Z, Y, 1.)
