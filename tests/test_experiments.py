@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dml_companion.profiles import load_profile
-from dml_companion.reproduction import load_records, mean_interval
+from dml_companion.reproduction import load_claims, load_records, mean_interval
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = [p.parent for p in sorted((ROOT / "figures").glob("*/provenance.json")) if p.parent.name != "smoke"]
@@ -46,6 +46,56 @@ def test_tables_come_from_the_records(folder, table, metric):
             mean, half = mean_interval([r.metrics[f"{metric}/{key}"] for r in mine])
             assert float(line[heading]) == pytest.approx(mean, abs=1e-12)
             assert (line[f"{heading} ±"] == "" and math.isnan(half)) or float(line[f"{heading} ±"]) == pytest.approx(half, abs=1e-12)
+
+
+CLAIMED = [p for p in REFERENCE if (p / "claims").is_dir()]
+
+
+def claims_of(folder): return {c.id: c for c in load_claims(folder)}
+
+
+def test_claims_are_published_where_notebooks_make_them():
+    assert {p.name for p in CLAIMED} == {"quick", "omniglot"}
+    made = {c.notebook.split("/")[-1][:2] for c in load_claims(ROOT / "figures/quick")}
+    assert made == {"10", "11", "12", "13", "14", "31", "32", "33"}
+
+
+@pytest.mark.parametrize("folder", CLAIMED, ids=names)
+def test_the_claim_table_shows_the_claims(folder):
+    text = (folder / "claims.md").read_text(encoding="utf-8")
+    for c in load_claims(folder):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {c.id} |")]
+        assert f"**{c.status}**" in line and f"{c.cases:,} cases" in line and c.claim in line
+    assert len(text.splitlines()) == len(load_claims(folder)) + 2
+
+
+@pytest.mark.parametrize("folder", CLAIMED, ids=names)
+def test_claims_about_retrieval_are_recounted_from_the_records(folder):
+    by_row = {}
+    for r in load_records(folder): by_row.setdefault(r.row, {})[r.seed] = r.metrics["cosine/recall@1"]
+    for id, base in (("31.1", "cross_entropy"), ("31.2", "cross_entropy_norm")):
+        gaps = [mean_interval([by_row[row][s] - by_row[base][s] for s in sorted(by_row[row])]) for row in ("center", "contrastive", "snca", "multi_similarity")]
+        found = claims_of(folder)[id]
+        assert (found.cases, found.violations) == (4, sum(mean - half > 0 for mean, half in gaps))
+        assert found.worst == pytest.approx(max(mean for mean, _ in gaps), abs=1e-12)
+
+
+@pytest.mark.parametrize("folder", CLAIMED, ids=names)
+def test_claims_about_spce_are_recounted_from_the_curves(folder):
+    from scipy.stats import spearmanr
+    runs = {}
+    for line in rows_of(folder / "32_ce_and_spce.csv"): runs.setdefault((line["set"], line["trained with"], line["seed"]), []).append(line)
+    curve = lambda run, key: [float(line[key]) for line in sorted(run, key=lambda line: int(line["iteration"]))]
+    levels = {k: spearmanr(curve(run, "CE"), curve(run, "SPCE"))[0] for k, run in runs.items()}
+    moving = [levels[k] for k, run in runs.items() if curve(run, "CE")[-1] > .01]
+    found = claims_of(folder)["32.1"]
+    assert (found.cases, found.violations) == (len(runs), sum(not v >= .9 for v in levels.values()))
+    assert (found.conditional_cases, found.conditional_violations) == (len(moving), sum(not v >= .9 for v in moving))
+    own = {"ce": "accuracy, classifier", "spce": "accuracy, class sums"}
+    ends = {k: (curve(run, own[k[1]])[-1], max(float(line["R@1"] or "nan") for line in run[-1:])) for k, run in runs.items()}
+    leads = [a - b for (name, loss, seed) in runs if loss == "spce" for a, b in zip(ends[name, "spce", seed], ends[name, "ce", seed])]
+    found = claims_of(folder)["32.2"]
+    assert (found.cases, found.violations) == (len(leads), sum(not v >= -.02 for v in leads))
 
 
 @pytest.mark.parametrize("folder", REFERENCE, ids=names)
