@@ -72,9 +72,9 @@ def environment(): return {k: v for k, v in os.environ.items() if k != "DML_ROOT
 
 
 def begin(root, *words):
-    "Start the command in the background."
-    return subprocess.Popen([sys.executable, "-m", "dml_companion.cli", *words], cwd=root, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    "Start the command in the background, with Ctrl-C working even where the tests' own shell ignores it."
+    return subprocess.Popen([sys.executable, "-m", "dml_companion.cli", *words], cwd=root, env=environment(), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def command(root, *words):
