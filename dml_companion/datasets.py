@@ -4,33 +4,35 @@
 
 # %% ../nbs/01_foundations/01_datasets.ipynb #c02
 from __future__ import annotations
-import csv, difflib, hashlib, inspect, io, json, os, shutil, stat, time, unicodedata, uuid, warnings, zipfile
+import csv, difflib, hashlib, inspect, io, json, os, shutil, stat, time, unicodedata, warnings, zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['PACK_FORMAT', 'DATASETS', 'COMMON', 'FACES', 'MIN_FACES', 'MAX_MEMBER', 'MAX_RATIO', 'OMNIGLOT', 'OMNIGLOT_DRAWERS',
-           'OMNIGLOT_HELP', 'IMAGE_ENDINGS', 'FOLDER_HELP', 'GROCERY_CLASSES', 'GROCERY_HELP', 'Rows', 'Split',
-           'Dataset', 'die', 'take_classes', 'holdout_classes', 'subset_classes', 'Source', 'Pack', 'BrokenPack',
-           'sha256_json', 'image_hash', 'write_pack', 'file_facts', 'open_pack', 'verify_pack', 'cache_folder',
-           'ensure_pack', 'put_in_place', 'Sides', 'view', 'content_digest', 'limit', 'assemble', 'Entry', 'dataset',
-           'known_datasets', 'refuse', 'load', 'data_digest', 'glyph_points', 'draw_glyph', 'glyph_name',
-           'glyph_source', 'clean_glyphs', 'base_letter', 'glyphs', 'MissingData', 'BadArchive', 'BrokenImage', 'Files',
-           'unsafe_member', 'zip_files', 'folder_files', 'decode', 'read_image', 'missing', 'omniglot_half',
-           'omniglot_classes', 'hidden', 'omniglot', 'image_classes', 'read_class_list', 'unseen_classes',
-           'ImageFolderSplit', 'grocery']
+__all__ = ['PACK_FORMAT', 'CHUNK', 'STALE', 'DATASETS', 'PROVIDERS', 'COMMON', 'FACES', 'MIN_FACES', 'MAX_MEMBER', 'MAX_RATIO',
+           'OMNIGLOT', 'OMNIGLOT_DRAWERS', 'OMNIGLOT_HELP', 'IMAGE_ENDINGS', 'FOLDER_HELP', 'GROCERY_CLASSES',
+           'GROCERY_HELP', 'Rows', 'Split', 'Dataset', 'die', 'take_classes', 'holdout_classes', 'subset_classes',
+           'Source', 'Pack', 'BrokenPack', 'sha256_json', 'image_hash', 'packed_rows', 'mark_rows', 'write_pack',
+           'file_facts', 'open_pack', 'verify_pack', 'cache_folder', 'ensure_pack', 'forget_old', 'sound_pack', 'Sides',
+           'view', 'content_digest', 'limit', 'assemble', 'Entry', 'dataset', 'known_datasets', 'refuse', 'load',
+           'data_digest', 'glyph_points', 'draw_glyph', 'glyph_name', 'glyph_source', 'clean_glyphs', 'base_letter',
+           'glyphs', 'MissingData', 'BadArchive', 'BrokenImage', 'Files', 'unsafe_member', 'zip_files', 'folder_files',
+           'decode', 'read_image', 'missing', 'omniglot_half', 'omniglot_classes', 'hidden', 'omniglot',
+           'image_classes', 'read_class_list', 'unseen_classes', 'ImageFolderSplit', 'grocery']
 
 # %% ../nbs/01_foundations/01_datasets.ipynb #c06
 class Rows:
@@ -168,29 +170,49 @@ def image_hash(image: np.ndarray) -> np.ndarray: # (32,) uint8
     "sha256 of the pixels of one image."
     return np.frombuffer(hashlib.sha256(np.ascontiguousarray(image)).digest(), dtype=np.uint8)
 
+CHUNK = 1024 # images decoded between two marks; a killed process loses at most these
+
+def packed_rows(folder: Path, size: int, head: int) -> int: # bytes of an image and of the header -> images
+    "How many images of an unfinished pack are safely on disk: those marked, as far as they are there."
+    try: return max(0, min(int((folder / "rows").read_text()), ((folder / "images.npy").stat().st_size - head) // size))
+    except (OSError, ValueError): return 0
+
+def mark_rows(folder: Path, rows: int) -> None:
+    "Note how far an unfinished pack is, in one step."
+    (folder / "rows.partial").write_text(str(rows))
+    os.replace(folder / "rows.partial", folder / "rows")
+
 def write_pack(source: Source,
                folder: Path, # must exist; filled with images.npy, labels.npy, hashes.npy and, last, meta.json
                progress: bool = True,
               ) -> None:
-    "Decode every image of a source once, in order, in threads, and write the files of a pack."
-    n, hashes = len(source.labels), np.zeros((len(source.labels), 32), np.uint8)
-    need, free = n * int(np.prod(source.shape)), shutil.disk_usage(folder).free
+    "Decode every image of a source once, in order, in threads, and write a pack's files; goes on where it was killed."
+    n, size, head = len(source.labels), int(np.prod(source.shape)), io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, dict(descr="|u1", fortran_order=False, shape=(n, *source.shape)))
+    done = packed_rows(folder, size, len(head.getvalue()))
+    need, free = (n - done) * size, shutil.disk_usage(folder).free
     if need > free: raise OSError(f"the pack needs {need / 1e9:.1f} GB in {folder.parent}, {free / 1e9:.1f} are free")
-    header = dict(descr="|u1", fortran_order=False, shape=(n, *source.shape))
-    with open(folder / "images.npy", "wb") as f, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        np.lib.format.write_array_header_1_0(f, header)
+    hashes, threads = np.zeros((n, 32), np.uint8), min(8, os.cpu_count() or 1)
+    bar = tqdm(desc=f"packing {source.name}", total=n, initial=done, disable=not progress, unit=" images")
+    with open(folder / "images.npy", "r+b" if done else "w+b") as f, ThreadPoolExecutor(threads) as pool, bar:
+        f.write(head.getvalue())
+        for i in range(done): hashes[i] = image_hash(np.frombuffer(f.read(size), np.uint8))
+        f.truncate(f.tell())                               # what was written after the last mark is written again
         try:
-            images = pool.map(source.read, range(n))
-            for i, image in enumerate(tqdm(images, f"packing {source.name}", n, disable=not progress, unit=" images")):
-                f.write(np.ascontiguousarray(image, np.uint8).reshape(source.shape).tobytes())
-                hashes[i] = image_hash(image)
+            for start in range(done, n, CHUNK):
+                for i, image in enumerate(pool.map(source.read, range(start, min(start + CHUNK, n))), start):
+                    f.write(np.ascontiguousarray(image, np.uint8).reshape(source.shape).tobytes())
+                    hashes[i] = image_hash(image)
+                    bar.update()
+                f.flush(); os.fsync(f.fileno())
+                mark_rows(folder, i + 1)
         except BaseException: pool.shutdown(cancel_futures=True); raise
-        f.flush(); os.fsync(f.fileno())
     np.save(folder / "labels.npy", np.asarray(source.labels, dtype=np.int64))
     np.save(folder / "hashes.npy", hashes)
     meta = dict(format=PACK_FORMAT, name=source.name, shape=[n, *source.shape], class_names=source.class_names,
                 fingerprint=source.fingerprint, files=file_facts(folder))
     (folder / "meta.json").write_text(json.dumps(meta | {"sha256": sha256_json(meta)}, ensure_ascii=False), "utf-8")
+    (folder / "rows").unlink(missing_ok=True)
 
 def file_facts(folder: Path) -> dict: # {file name: [bytes, sha256 or None]}
     "Sizes of a pack's files, and digests of the small ones (the images have one hash each in hashes.npy)."
@@ -229,39 +251,39 @@ def cache_folder(cache: str | Path | None = None) -> Path:
     return Path(cache or os.environ.get("DML_CACHE") or "~/.cache/dml-companion").expanduser()
 
 def ensure_pack(source: Source, cache: str | Path | None = None, progress: bool = True) -> Pack:
-    "The pack of a source: opened when it exists and is sound, else written and put in place by one rename."
+    "The pack of a source: opened when it exists and is sound, else written (or finished) and put in place by one rename."
     key = sha256_json([PACK_FORMAT, source.name, source.fingerprint, list(source.shape)])[:16]
     home = cache_folder(cache)
     final = home / f"{source.name}-{source.shape[1]}px-{key}"
-    if final.exists():
-        try: return open_pack(final)
-        except BrokenPack as e: warnings.warn(f"{e}; building it again", stacklevel=2)
-    for old in home.glob(".unfinished-*"): # left by a process that was killed, more than a day ago
-        if time.time() - old.stat().st_mtime > 86400: shutil.rmtree(old, ignore_errors=True)
-    tmp = home / f".unfinished-{uuid.uuid4().hex}"
-    try: tmp.mkdir(parents=True)
-    except OSError as e: raise OSError(f"cannot write to {home} ({e}): name a folder with cache= or DML_CACHE") from e
+    unfinished = home / f".unfinished-{final.name}"
+    if sound := sound_pack(final): return sound
     try:
-        write_pack(source, tmp, progress)
-        return put_in_place(tmp, final)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+        (home / ".locks").mkdir(parents=True, exist_ok=True); forget_old(home)
+        lock = FileLock(home / ".locks" / final.name).acquire()   # one process decodes; others wait, or take over
+    except OSError as e: raise OSError(f"cannot write to {home} ({e}): name a folder with cache= or DML_CACHE") from e
+    with lock:
+        if sound := sound_pack(final): return sound
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.mkdir(exist_ok=True)
+        try: write_pack(source, unfinished, progress)
+        except Exception: shutil.rmtree(unfinished, ignore_errors=True); raise      # an interrupted one stays
+        unfinished.rename(final)
+    return open_pack(final)
 
-def put_in_place(tmp: Path, final: Path) -> Pack:
-    "Rename a finished pack to its name; a sound pack that another process put there is kept, a broken one goes."
-    for _ in range(5):
-        try: tmp.rename(final)
-        except OSError:
-            try: return open_pack(final)
-            except BrokenPack:
-                aside = final.parent / f".unfinished-{uuid.uuid4().hex}"
-                try: final.rename(aside)
-                except OSError: pass # another process was quicker
-                shutil.rmtree(aside, ignore_errors=True)
-                continue
-        return open_pack(final)
-    raise OSError(f"could not put the pack in place at {final}: another process keeps changing it")
+STALE = 7 * 86400 # seconds after which the start of a pack that nobody finishes is removed
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c22
+def forget_old(home: Path) -> None:
+    "Remove unfinished packs that have not grown for a week."
+    for old in home.glob(".unfinished-*"):
+        if time.time() - old.stat().st_mtime > STALE: shutil.rmtree(old, ignore_errors=True)
+
+def sound_pack(folder: Path) -> Pack | None:
+    "The pack in a folder, None when there is none; a broken one is named in a warning."
+    if not folder.exists(): return None
+    try: return open_pack(folder)
+    except BrokenPack as e: warnings.warn(f"{e}; building it again", stacklevel=4)
+
+# %% ../nbs/01_foundations/01_datasets.ipynb #c24
 class Sides(NamedTuple):
     "What a loader returns: an open pack and which of its rows belong to which side."
     pack: Pack
@@ -307,7 +329,7 @@ def assemble(name: str, sides: Sides, # of a loader
     digest = content_digest([None if s is None else (h, s) for h, s in zip(hashes, splits)])
     return Dataset(name, *splits, digest=digest, flip=sides.flip, info=dict(sides.info))
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c24
+# %% ../nbs/01_foundations/01_datasets.ipynb #c26
 class Entry(NamedTuple):
     "A registered set."
     loader: Callable[..., Sides] # (root, size, cache, progress, **options) -> Sides
@@ -315,6 +337,7 @@ class Entry(NamedTuple):
     size: int # default side of the images in pixels
 
 DATASETS: dict[str, Entry] = {}
+PROVIDERS = dict.fromkeys(("cub", "cars196", "sop", "inshop"), "dml_companion.benchmarks") # registered on demand
 
 def dataset(name: str, about: str, size: int) -> Callable:
     "Decorator that enters a loader in the table."
@@ -323,6 +346,7 @@ def dataset(name: str, about: str, size: int) -> Callable:
 
 def known_datasets() -> dict[str, str]:
     "The names `load` knows, each with a line about it."
+    for module in set(PROVIDERS.values()): import_module(module)
     return {name: entry.about for name, entry in DATASETS.items()}
 
 def refuse(what: str, given: str, known: Iterable[str]) -> ValueError:
@@ -343,7 +367,8 @@ def load(name: str, # one of `known_datasets()`
          **options, # those of the set's loader, and max_train_classes, max_test_classes: int limits for smoke tests
         ) -> Dataset:
     "A data set by name. Raises `MissingData` when the files are not there, `ValueError` on unknown names and options."
-    if name not in DATASETS: raise refuse("data set", name, DATASETS)
+    if name in PROVIDERS: import_module(PROVIDERS[name])
+    if name not in DATASETS: raise refuse("data set", name, {**DATASETS, **PROVIDERS})
     entry = DATASETS[name]
     known = [*list(inspect.signature(entry.loader).parameters)[4:], *COMMON]
     for o in options:
@@ -361,7 +386,7 @@ def data_digest(name: str, root: str | Path | None = None, size: int | None = No
     "The digest of what `load` would give; quick when the pack exists (it reads hashes, not images)."
     return load(name, root, size, cache, progress=False, **options).digest
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c26
+# %% ../nbs/01_foundations/01_datasets.ipynb #c28
 FACES = [f"DejaVu{family}{style}.ttf"
          for family, slant in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
          for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")]
@@ -388,7 +413,7 @@ def glyph_name(point: int) -> str:
     "The class name of a code point, e.g. 'U+0416 CYRILLIC CAPITAL LETTER ZHE'."
     return f"U+{point:04X} {unicodedata.name(chr(point), '')}".strip()
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c29
+# %% ../nbs/01_foundations/01_datasets.ipynb #c31
 def glyph_source(size: int) -> Source:
     "Every common code point in every face; row = 12 * class + face."
     import PIL.features
@@ -400,7 +425,7 @@ def glyph_source(size: int) -> Source:
                   np.repeat(np.arange(len(points)), len(FACES)), [glyph_name(p) for p in points],
                   lambda i: draw_glyph(faces[i % 12], chr(points[i // 12]), size))
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c34
+# %% ../nbs/01_foundations/01_datasets.ipynb #c36
 MIN_FACES = 8 # drawings a glyph class needs
 
 def clean_glyphs(hashes: np.ndarray, # (k, faces, 32) uint8, hash of each image
@@ -417,12 +442,12 @@ def clean_glyphs(hashes: np.ndarray, # (k, faces, 32) uint8, hash of each image
     if merge_twins: keep &= (np.bincount(pairs % drawing.size, minlength=drawing.size) == 1)[drawing]
     return keep & (keep.sum(1, keepdims=True) >= MIN_FACES)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c37
+# %% ../nbs/01_foundations/01_datasets.ipynb #c39
 def base_letter(point: int) -> str:
     "A character without its accents and typographic variants: the first character of its Unicode decomposition (NFKD)."
     return (unicodedata.normalize("NFKD", chr(point)).strip() or chr(point))[0]
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c40
+# %% ../nbs/01_foundations/01_datasets.ipynb #c42
 @dataset("glyphs", "letterforms of the twelve DejaVu faces in matplotlib, a class is a character; no download", 32)
 def glyphs(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`; root is not used
            merge_twins: bool = True, # False: training keeps drawings that several classes share (label noise)
@@ -446,7 +471,7 @@ def glyphs(root: Path | None, size: int, cache: str | Path | None, progress: boo
                 notes="white on black; a drawing occurs once; look-alikes remain, see notebook 01_datasets")
     return Sides(pack, np.flatnonzero(train), np.flatnonzero(clean & ~training), None, False, info)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c52
+# %% ../nbs/01_foundations/01_datasets.ipynb #c54
 class MissingData(FileNotFoundError):
     "The files of a set are not there; the message says where we looked, where to get them and how they must lie."
 
@@ -508,7 +533,7 @@ def folder_files(path: Path) -> Files:
     facts = [[n, (s := (path / n).stat()).st_size, s.st_mtime_ns] for n in names if (path / n).exists()]
     return Files(path, names, sha256_json([str(path.resolve()), facts]), lambda name: (path / name).read_bytes())
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c55
+# %% ../nbs/01_foundations/01_datasets.ipynb #c57
 def decode(data: bytes, # an image file
            size: int, # side of the result in pixels
            channels: int = 3, # 1: grey, 3: RGB
@@ -533,7 +558,7 @@ def read_image(files: Files, name: str, size: int, channels: int = 3) -> np.ndar
         raise BrokenImage(f"cannot read the image {name} in {files.where}: {e}. Replace or remove the file; "
                           f"images are never skipped silently") from e
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c58
+# %% ../nbs/01_foundations/01_datasets.ipynb #c60
 OMNIGLOT = {"images_background": 964, "images_evaluation": 659} # characters in the official halves
 OMNIGLOT_DRAWERS = 20
 OMNIGLOT_HELP = """get images_background.zip and images_evaluation.zip from https://github.com/brendenlake/omniglot
@@ -595,7 +620,7 @@ def omniglot(root: Path | None, size: int, cache: str | Path | None, progress: b
                 notes=f"ink bright on black; official split; {turned}")
     return Sides(pack, np.flatnonzero(~unseen), np.flatnonzero(unseen), None, False, info)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c63
+# %% ../nbs/01_foundations/01_datasets.ipynb #c65
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 FOLDER_HELP = """make a folder with one sub-folder of images for each class, or a zip archive of it:
     ROOT/<class name>/<any name>.jpg   (also png, webp, bmp, gif, tif; at least two images a class)"""
@@ -649,7 +674,7 @@ def unseen_classes(names: Sequence[str], # sorted class names
         raise ValueError(f"split={split!r} makes {len(chosen)} of {len(names)} classes unseen: leave one for each side")
     return chosen
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c65
+# %% ../nbs/01_foundations/01_datasets.ipynb #c67
 @dataset("folder", "your own images: a folder (or zip) with one sub-folder for each class", 128)
 def ImageFolderSplit(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
                      split: float | Sequence[str] | str | Path = .5, # unseen classes: fraction, names, or file of names
@@ -680,7 +705,7 @@ def ImageFolderSplit(root: Path | None, size: int, cache: str | Path | None, pro
                 notes="upright, transparency on white, short side scaled to size, centre crop")
     return Sides(pack, np.flatnonzero(~test), np.flatnonzero(test), None, bool(flip), info)
 
-# %% ../nbs/01_foundations/01_datasets.ipynb #c69
+# %% ../nbs/01_foundations/01_datasets.ipynb #c71
 GROCERY_CLASSES = 81
 GROCERY_HELP = """take the images of the Grocery Store data set (https://github.com/marcusklasson/GroceryStoreDataset),
 scaled to 128 px, with one folder for each of the 81 fine classes, named by number and class:

@@ -170,7 +170,8 @@ def test_cleaning_agrees_with_sets(images, merge_twins):
 
 NOISE = np.random.default_rng(0).integers(0, 256, (50, 1, 8, 8), dtype=np.uint8)
 def noise_source(read=NOISE.__getitem__): return Source("noise", "f", (1, 8, 8), np.arange(50) % 5, list("abcde"), read)
-def leftovers(folder): return [p.name for p in Path(folder).iterdir() if p.name.startswith(".")]
+def entries(folder): return [p for p in Path(folder).iterdir() if p.name != ".locks"]
+def leftovers(folder): return [p.name for p in entries(folder) if p.name.startswith(".")]
 
 def test_pack_is_made_once(tmp_path):
     calls = []
@@ -191,7 +192,7 @@ def test_an_error_leaves_nothing(tmp_path):
         if i == 30: raise BrokenImage("image 30")
         return NOISE[i]
     with pytest.raises(BrokenImage, match="image 30"): ensure_pack(noise_source(read), tmp_path, progress=False)
-    assert not list(tmp_path.iterdir())
+    assert not entries(tmp_path)
 
 def flip_byte(path, at):
     with open(path, "r+b") as f:
@@ -242,25 +243,41 @@ def test_processes_at_once(tmp_path, broken_before):
         for j in jobs: j.start()
         got = [queue.get(timeout=60) for _ in jobs]
         for j in jobs: j.join()
-    assert set(got) == {hashlib.sha256(NOISE).hexdigest()} and len(list(tmp_path.iterdir())) == 1
+    assert set(got) == {hashlib.sha256(NOISE).hexdigest()} and len(entries(tmp_path)) == 1
 
-def test_killed_half_way(tmp_path):
+def test_killed_half_way(tmp_path, monkeypatch):
     code = f"""if 1:
         import sys, time, numpy as np
-        from dml_companion.datasets import Source, ensure_pack
+        from dml_companion import datasets
+        datasets.CHUNK = 8
         def read(i):
             if i > 20: print("half", flush=True); time.sleep(60)
             return np.zeros((1, 8, 8), np.uint8)
-        source = Source("noise", "f", (1, 8, 8), np.arange(50) % 5, list("abcde"), read)
-        ensure_pack(source, {str(tmp_path)!r}, progress=False)"""
+        source = datasets.Source("noise", {noise_source().fingerprint!r}, (1, 8, 8), np.arange(50) % 5, list("abcde"), read)
+        datasets.ensure_pack(source, {str(tmp_path)!r}, progress=False)"""
     job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     job.stdout.readline(); job.kill(); job.wait(); job.stdout.close()
-    assert leftovers(tmp_path) and len(list(tmp_path.iterdir())) == 1   # nothing under the final name
-    assert np.array_equal(ensure_pack(noise_source(), tmp_path, progress=False).images, NOISE)
-    old = tmp_path / leftovers(tmp_path)[0]
-    os.utime(old, (0, 0))
-    ensure_pack(noise_source()._replace(fingerprint="next"), tmp_path, progress=False)
-    assert not old.exists()                                           # swept up after a day
+    assert len(leftovers(tmp_path)) == len(entries(tmp_path)) == 1            # nothing under the final name
+    pack = ensure_pack(noise_source(), tmp_path, progress=False)
+    assert not pack.images[:16].any() and np.array_equal(pack.images[16:], NOISE[16:])   # two marks of eight were kept
+    D.verify_pack(pack)
+    assert not leftovers(tmp_path)
+
+def test_the_start_of_a_pack_that_nobody_finishes_is_removed_after_a_week(tmp_path):
+    (old := tmp_path / ".unfinished-noise").mkdir(); (young := tmp_path / ".unfinished-other").mkdir()
+    os.utime(old, (time.time() - 8 * 86400,) * 2); os.utime(young, (time.time() - 6 * 86400,) * 2)
+    ensure_pack(noise_source(), tmp_path, progress=False)
+    assert young.exists() and not old.exists()
+
+@pytest.mark.parametrize("mark", ["", "x", "999"])
+def test_a_broken_mark_starts_again(tmp_path, mark):
+    "An unfinished pack whose mark cannot be read, or says more than is there, is no basis."
+    key = ensure_pack(noise_source(), tmp_path / "a", progress=False).folder.name
+    (start := tmp_path / "b" / f".unfinished-{key}").mkdir(parents=True)
+    (start / "images.npy").write_bytes(b"cut"); (start / "rows").write_text(mark)
+    pack = ensure_pack(noise_source(), tmp_path / "b", progress=False)
+    assert np.array_equal(pack.images, NOISE)
+    D.verify_pack(pack)
 
 def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
@@ -441,7 +458,7 @@ def test_split_by_fraction_and_list(tmp_path):
     assert a.query.num_classes == b.query.num_classes == 3 and a.query.class_names != b.query.class_names
     assert a.digest == open_folder(root, tmp_path, split=1 / 3).digest != b.digest
     assert open_folder(root, tmp_path, split=("03", "01", "03")).query.class_names == ["01", "03"]
-    assert len(list((tmp_path / "packs").iterdir())) == 1          # one pack serves all splits
+    assert len(entries(tmp_path / "packs")) == 1          # one pack serves all splits
 
 @pytest.mark.parametrize("options,message", [
     (dict(split=["dgo"]), "did you mean 'dog'"), (dict(split=0), "between 0 and 1"),
@@ -476,7 +493,7 @@ def test_truncated_image_is_named(format, tmp_path):
     name = f"dog/9.{format.lower()}"
     root = tree(pets(tmp_path / "pets"), {name: whole[:len(whole) // 2]})
     with pytest.raises(BrokenImage, match=name): open_folder(root, tmp_path)
-    assert not list((tmp_path / "packs").iterdir())
+    assert not entries(tmp_path / "packs")
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"])
 def test_unreadable_image_is_named(content, tmp_path):
