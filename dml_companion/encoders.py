@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'GREY', 'ENCODERS', 'PRETRAINED', 'check_known', 'match_channels', 'norm_layer', 'Backbone', 'Encoder',
-           'conv_block', 'convnet', 'pixels', 'resnet', 'read_weights', 'fill', 'resnet_weights', 'need',
-           'efficientnet_lite0', 'lite0_key', 'lite0_weights', 'check_encoder', 'build_encoder', 'embed']
+           'conv_block', 'convnet', 'pixels', 'resnet', 'file_sha256', 'read_weights', 'fill', 'published_sha256',
+           'resnet_weights', 'need', 'efficientnet_lite0', 'lite0_key', 'lite0_weights', 'check_encoder',
+           'build_encoder', 'embed']
 
 # %% ../nbs/01_foundations/02_encoders.ipynb #c02
 import difflib, functools, hashlib, importlib, inspect, re
@@ -154,11 +155,18 @@ def resnet(name: str, # "resnet18", "resnet34" or "resnet50"
     return Backbone(net, features, channels, **(IMAGENET if channels == 3 else GREY))
 
 # %% ../nbs/01_foundations/02_encoders.ipynb #c33
+def file_sha256(file: str | Path) -> str:
+    "The sha256 of a file, hex."
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while block := f.read(2**20): digest.update(block)
+    return digest.hexdigest()
+
 def read_weights(file: str | Path, # a state dict as torch.save writes it
                 ) -> dict[str, Tensor]: # name -> tensor, on the CPU
     "State dict from a file, loaded safely and checked against the sha256 prefix in its name (-0123abcd.pth)."
     file = Path(file)
-    named, digest = re.search(r"-([0-9a-f]{8,64})\.pth$", file.name), hashlib.sha256(file.read_bytes()).hexdigest()
+    named, digest = re.search(r"-([0-9a-f]{8,64})\.pth$", file.name), file_sha256(file)
     if named and not digest.startswith(named[1]):
         raise ValueError(f"{file} is damaged: its sha256 begins {digest[:8]}, its name says {named[1]}; get it again")
     try: state = torch.load(file, map_location="cpu", weights_only=True)
@@ -182,16 +190,24 @@ def fill(net: nn.Module, # changed in place
     net.load_state_dict(state, strict=False)
 
 # %% ../nbs/01_foundations/02_encoders.ipynb #c36
+def published_sha256(url: str) -> str:
+    "The start of a weight file's sha256, as torchvision publishes it in the file's name."
+    return re.search(r"-([0-9a-f]{8,64})\.pth$", url)[1]
+
 def resnet_weights(name: str, # "resnet18", "resnet34" or "resnet50"
                    weights: str | Path | None = None, # a file; None: torchvision's place in torch's cache
                   ) -> tuple[dict[str, Tensor], Path]: # state dict without the classifier, and where it came from
-    "torchvision's IMAGENET1K_V1 weights from a file or torch's cache, never from the network."
+    "torchvision's IMAGENET1K_V1 weights from a file or torch's cache, never from the network; known by their sha256."
     from torchvision import models
     url = models.get_model_weights(name).IMAGENET1K_V1.url
+    official = published_sha256(url)
     file = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1])
     if not file.is_file():
         raise FileNotFoundError(f"no weights for {name} at {file}. Nothing is downloaded at run time: fetch {url} "
-                                f"once, then give weights=PATH, or put the file there")
+                                f"once, then give weights=PATH (--weights), or put the file there")
+    if not (digest := file_sha256(file)).startswith(official):
+        raise ValueError(f"{file} is damaged, or not torchvision's IMAGENET1K_V1 for {name}: its sha256 begins {digest[:8]}, theirs "
+                         f"{official}. Other weights (V2, say) retrieve differently; fetch {url}")
     return {k: v for k, v in read_weights(file).items() if not k.startswith("fc.")}, file
 
 # %% ../nbs/01_foundations/02_encoders.ipynb #c39

@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature, Parameter as Argument
+from math import inf
+from numbers import Real
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 import torch
@@ -122,14 +124,16 @@ class Objective(nn.Module):
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c22
 def check_positive(**values: float) -> None:
-    "ValueError for any of the named values that is not a positive number."
+    "ValueError for any of the named values that is not a positive, finite number."
     for name, value in values.items():
-        if not value > 0: raise ValueError(f"{name} must be > 0, got {value!r}")
+        if not isinstance(value, Real): wanted = "a number"
+        else: wanted = "> 0" if not value > 0 else "finite" if value == inf else ""
+        if wanted: raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 def check_fraction(**values: float) -> None:
     "ValueError for any of the named values outside [0, 1)."
     for name, value in values.items():
-        if not 0 <= value < 1: raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+        if not (isinstance(value, Real) and 0 <= value < 1): raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c24
 def unknown(what: str, # "objective", "option of snca", ...

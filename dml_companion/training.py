@@ -7,10 +7,11 @@ __all__ = ['ALIASES', 'TRAINING', 'GREY', 'Observer', 'WATCHED', 'Strict', 'Augm
            'balanced_batches', 'affine_batch', 'crop_batch', 'luminance', 'shift_hue', 'jitter_batch', 'crop_boxes',
            'augment_batch', 'parameter_groups', 'build_optimizer', 'random_states', 'restore_random_states',
            'save_atomic', 'load_checkpoint', 'Collapsed', 'Result', 'pick_device', 'cpu_threads', 'monitor',
-           'check_fit', 'epoch_batches', 'train_epoch', 'fit', 'seed_everything', 'Run', 'kept_epochs', 'Snapshots']
+           'check_fit', 'epoch_batches', 'train_epoch', 'fit', 'seed_everything', 'Run', 'step_bytes', 'kept_epochs',
+           'Snapshots']
 
 # %% ../nbs/01_foundations/05_training.ipynb #c02
-import json, math, os, random, shutil, time, warnings
+import copy, json, math, os, random, shutil, time, warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -499,6 +500,7 @@ def fit(recipe: Recipe, # everything that changes the result
         device: str = "auto", # "auto", "cpu", "cuda"
         progress: bool = True, # show a bar
         observe: Observer | None = None, # called before training and after each epoch; what it returns joins the history
+        weights: str | Path | None = None, # file of the pretrained weights; None: the encoder's usual place
        ) -> Result:
     """Train an encoder; resumes from `folder` when it holds a checkpoint of this run.
 
@@ -513,7 +515,7 @@ def fit(recipe: Recipe, # everything that changes the result
     with cpu_threads(recipe.threads):
         watched = validation or subset_classes(train, max(2, WATCHED * train.num_classes // len(train)))
         run = Run(recipe, data, train, watched, make_objective, seed, Path(folder) if folder else None, device,
-                  observe)
+                  observe, weights)
         return run.go(progress)
 
 # %% ../nbs/01_foundations/05_training.ipynb #c48
@@ -526,7 +528,7 @@ class Run:
     "The state of one training run; `fit` is its front door."
     def __init__(self, recipe: Recipe, data: Dataset, train: Split, watched: Split,
                  make_objective: Callable[..., Objective] | None, seed: int, folder: Path | None, device: str,
-                 observe: Observer | None = None):
+                 observe: Observer | None = None, weights: str | Path | None = None):
         "Build encoder, objective, optimiser and generators from the seed."
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
@@ -540,7 +542,8 @@ class Run:
         seed_everything(seed)
         channels, size = train.batch(np.arange(1)).shape[1:3]
         encoder = build_encoder(recipe.encoder, dim=recipe.dim, in_channels=channels, size=size,
-                                norm=recipe.norm, dropout=recipe.dropout, freeze_bn=recipe.freeze_bn, pretrained=recipe.pretrained, **recipe.encoder_options)
+                                norm=recipe.norm, dropout=recipe.dropout, freeze_bn=recipe.freeze_bn,
+                                pretrained=recipe.pretrained, weights=weights, **recipe.encoder_options)
         self.generators = {k: torch.Generator().manual_seed(1000 * seed + i) for i, k in enumerate(("sampler", "augment"))}
         self.encoder, self.objective, self.optimizer = encoder.to(self.accelerator.device), None, None
         if make_objective:
@@ -650,6 +653,26 @@ class Run:
         return Result(encoder, objective, self.history, self.best and self.best["encoder"], summary)
 
 # %% ../nbs/01_foundations/05_training.ipynb #c50
+def step_bytes(encoder: nn.Module, # any device; not changed
+               objective: Objective, # likewise
+               recipe: Recipe, # augmentation is left out: it needs no gradient
+               images: Tensor, # (b, c, h, w) uint8 or float in [0, 1], a batch
+               labels: Tensor, # (b,)
+              ) -> int: # bytes
+    "Bytes that one training step holds when its backward pass begins, counted by autograd's hooks on saved tensors."
+    encoder, objective = copy.deepcopy((encoder, objective))
+    encoder.train(); objective.train()
+    own = [p for module in (encoder, objective) for p in module.parameters()]
+    known, saved = {p.untyped_storage().data_ptr() for p in own}, {}
+    def keep(t):
+        if (place := t.untyped_storage().data_ptr()) not in known: saved[place] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        parts = objective.parts(encoder(images), labels)       # keeps the graph, and so the storages, alive
+    moments = 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
+    return sum(saved.values()) + (2 + moments) * sum(p.numel() * p.element_size() for p in own)
+
+# %% ../nbs/01_foundations/05_training.ipynb #c52
 def kept_epochs(epochs: int, # of the run
                 most: int = 16, # snapshots after training starts
                ) -> list[int]: # ascending, with 0 and the last
@@ -678,7 +701,7 @@ class Snapshots:
              ) -> Path: # folder / epochs.npz: "epoch" (E,), each array with E in front, and the labels
         "Put the epochs into one file, in the place of the many; ValueError names an epoch that is missing."
         target, files = self.folder.with_suffix(".npz"), {e: self.folder / f"{e:04d}.npz" for e in sorted(self.epochs)}
-        if target.exists() and not self.folder.exists(): return target                           # merged before
+        if target.exists(): shutil.rmtree(self.folder, ignore_errors=True); return target        # merged before
         for file in files.values():
             if not file.exists(): raise ValueError(f"{file} is missing: delete the run's checkpoint.pt to train it again")
         found = [dict(np.load(file)) for file in files.values()]

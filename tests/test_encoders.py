@@ -1,5 +1,5 @@
 """Encoders: scaling, channels, norm layer, frozen batch norm, refusals, weights, and the published numbers."""
-import os, sys
+import hashlib, os, sys
 from pathlib import Path
 
 import numpy as np
@@ -213,13 +213,22 @@ def test_embed_puts_the_work_on_the_named_device():
 
 # ---- weights
 
-def test_resnet_from_a_file_equals_torchvision(tmp_path):
+def allow(monkeypatch, file):
+    "Let a file made here pass for the published one."
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(E, "published_sha256", lambda url: digest[:8])
+
+
+def test_resnet_from_a_file_equals_torchvision(tmp_path, monkeypatch):
     models = pytest.importorskip("torchvision.models")
     net = models.resnet18(weights=None).eval()
     with torch.no_grad():
         for b in net.buffers():
             if b.is_floating_point(): b.copy_(torch.rand_like(b) + .5)
     torch.save(net.state_dict(), tmp_path / "mine.pth")
+    with pytest.raises(ValueError, match="mine.pth is damaged, or not torchvision's IMAGENET1K_V1 for resnet18"):
+        build_encoder("resnet18", pretrained=True, weights=tmp_path / "mine.pth")
+    allow(monkeypatch, tmp_path / "mine.pth")
     e = build_encoder("resnet18", pretrained=True, weights=tmp_path / "mine.pth", size=64).eval()
     assert e.freeze_bn and e.channels == 3
     net.fc = nn.Identity()
@@ -240,6 +249,7 @@ def test_missing_damaged_or_foreign_weights(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"half a download")
     with pytest.raises(ValueError, match="damaged"): resnet()
+    monkeypatch.setattr(E, "published_sha256", lambda url: "")           # from here on: a file with the right digest
     (tmp_path / "text.pth").write_text("no pickle")
     with pytest.raises(ValueError, match="weights_only"): resnet(tmp_path / "text.pth")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")                 # a whole pickled module runs code on loading

@@ -237,7 +237,7 @@ def test_code_that_changes_under_a_run_is_not_sealed(root):
     ({"notebooks": [{"notebook": "nbs/table.ipynb", "rows": ["smal"]}]}, "did you mean 'small'"),
     ({"notebooks": [{"notebook": "nbs/alone.ipynb"}] * 2}, "asks twice"),
     ({"train": "nbs/alone.ipynb"}, "alone.ipynb has no parameter"),
-    ({"search": {"trials": 2, "space": {"small": {"lr": [.1, 1, "log"]}}}}, "'large' is in one only")])
+    ({"search": {"trials": 2, "own": {"small": {"lr": [.1, 1, "log"]}}}}, "'large' is in one only")])
 def test_a_bad_profile_is_refused_before_any_work(root, change, words, capsys):
     write_profile(root, **change)
     words = re.sub(r" It has", ". It has", words)
@@ -278,9 +278,9 @@ def test_parameters_are_read_from_the_cell(tmp_path):
 
 
 def test_a_search_gives_every_row_the_same_points():
-    space = {"lr": (.01, 1., "log"), "objective_options.margin": (0., 1., "linear")}
+    space = {"objective_options.margin": [0., 1., "linear"]}
     profile = P.Profile(name="s", rows={"a": P.Row(recipe={"objective_options": {"squared": True}}), "b": P.Row()},
-                        search=P.Search(trials=6, space={"a": space, "b": space}))
+                        search=P.Search(trials=6, shared={"lr": [.01, 1., "log"]}, own={"a": space, "b": space}))
     rows = P.with_trials(profile).rows
     assert list(rows) == [f"{r}_t{k}" for r in "ab" for k in range(6)]
     for k in range(6): assert rows[f"a_t{k}"].recipe["lr"] == rows[f"b_t{k}"].recipe["lr"]
@@ -330,8 +330,8 @@ def test_time_left_learns_from_what_jobs_took(tmp_path):
 
 
 def test_the_command_line_for_snakemake_keeps_gpus_to_their_slots():
-    assert "gpu_slots=6" in E.snakemake_command(toy_plan(gpus=2, runs_per_gpu=3), 8)
-    assert "--resources" not in E.snakemake_command(toy_plan(), 8)
+    assert "gpu_slots=6" in E.snakemake_command(toy_plan(gpus=2, runs_per_gpu=3), 8, ROOT)
+    assert "--resources" not in E.snakemake_command(toy_plan(), 8, ROOT)
 
 
 def test_failures_without_an_error_file_quote_the_log(tmp_path):
