@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', 'FiguresOption', 'VersionOption', 'CoresOption',
-           'DryOption', 'COLOURS', 'say', 'give_up', 'make_plan', 'version', 'overview', 'counts', 'status',
-           'reproduce', 'preview', 'run_plan', 'polite_signals', 'report', 'line_of', 'bar', 'watch', 'wait',
-           'objectives', 'job', 'main']
+           'ClusterOption', 'DryOption', 'COLOURS', 'FolderArgument', 'FileOption', 'ModelOption', 'EncoderOption',
+           'WeightsOption', 'SplitOption', 'SkipOption', 'PhotosOption', 'NeighboursOption', 'SideOption', 'SetOption',
+           'RateOption', 'data_app', 'NameArgument', 'SizeOption', 'CacheOption', 'DigestOption', 'say', 'give_up',
+           'make_plan', 'version', 'overview', 'counts', 'status', 'reproduce', 'own_cores', 'find_cluster', 'preview',
+           'run_plan', 'place', 'polite_signals', 'report', 'line_of', 'bar', 'watch', 'wait', 'in_a_sentence',
+           'as_split', 'confess', 'embed', 'evaluate', 'scoreboard', 'train', 'report_training', 'as_options', 'search',
+           'sheet', 'objectives', 'data_list', 'data_prepare', 'data_verify', 'job', 'main']
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c02
-import os, signal, time
+import os, shlex, signal, time
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
-from typing import IO, TYPE_CHECKING, Annotated, Optional
+from typing import IO, TYPE_CHECKING, Annotated, Iterator, Optional
 
 import typer
 from rich.console import Console
@@ -20,7 +25,7 @@ from rich.table import Table
 
 from . import __version__
 if TYPE_CHECKING:
-    from dml_companion.engine import Progress
+    from dml_companion.engine import Cluster, Progress
     from dml_companion.profiles import Plan
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c05
@@ -36,6 +41,8 @@ FiguresOption = Annotated[Optional[str], typer.Option(
     "--figures", help="Folder for figures and tables; default: figures/<profile>.")]
 VersionOption = Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)]
 CoresOption = Annotated[Optional[int], typer.Option("--cores", min=1, help="How many cores to use; default: all.")]
+ClusterOption = Annotated[Optional[str], typer.Option(
+    "--cluster", help="Send the jobs to a cluster: slurm, slurm-gpu, or a folder with a Snakemake profile.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Say what would run, and why; run nothing.")]
 
 
@@ -50,14 +57,15 @@ def give_up(error: Exception) -> None:
     raise typer.Exit(2)
 
 
-def make_plan(profile: str, data: str | None, device: str, figures: str | None): # (root, Plan)
+def make_plan(profile: str, data: str | None, device: str, figures: str | None,
+              here: bool = True): # here=False: the jobs run on a cluster; returns (root, Plan)
     "The plan of a profile; bad input ends the command."
     from dml_companion.reproduction import project_root
     try:
         root = project_root()
         os.environ["DML_ROOT"] = str(root)
         from dml_companion.profiles import plan
-        return root, plan(profile, data, device, figures, root)
+        return root, plan(profile, data, device, figures, root, here)
     except (ValueError, FileNotFoundError) as e: give_up(e)
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("dml_companion"): raise
@@ -103,45 +111,70 @@ def status(profile: ProfileOption = "quick", data: DataOption = None, device: De
 # %% ../nbs/01_foundations/09_cli.ipynb #c09
 @app.command()
 def reproduce(profile: ProfileOption = "quick", data: DataOption = None, device: DeviceOption = "auto",
-              cores: CoresOption = None, figures: FiguresOption = None, dry_run: DryOption = False) -> None:
+              cores: CoresOption = None, figures: FiguresOption = None, dry_run: DryOption = False,
+              cluster: ClusterOption = None) -> None:
     "Run what is left of a profile, then publish its figures, tables, records and reading copies."
-    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    root, plan = make_plan(profile, data, device, figures)
+    there = find_cluster(cluster, cores) if cluster is not None else None
+    root, plan = make_plan(profile, data, device, figures, here=there is None)
+    cores = cores or (there.jobs * plan.threads if there else own_cores())
     from dml_companion import engine, profiles
-    if dry_run: preview(plan, cores, root); return
+    if dry_run: preview(plan, cores, root, there); return
     try:
-        with engine.project_lock(root) as lock: code = run_plan(profiles.refresh(plan, root), cores, root, lock)
+        with engine.project_lock(root) as lock: code = run_plan(profiles.refresh(plan, root), cores, root, lock, there)
     except (engine.Busy, ValueError) as e: give_up(e)
     raise typer.Exit(code)
 
 
-def preview(plan: "Plan", cores: int, root: Path) -> None:
+def own_cores() -> int:
+    "How many cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_cluster(name: str, cores: int | None) -> "Cluster":
+    "The cluster of that name; bad input ends the command."
+    from dml_companion.reproduction import project_root
+    try:
+        if cores: raise ValueError("--cores is about this machine; with --cluster say `jobs` in its config.yaml")
+        from dml_companion.engine import load_cluster
+        return load_cluster(name, project_root())
+    except (ValueError, FileNotFoundError) as e: give_up(e)
+
+
+def preview(plan: "Plan", cores: int, root: Path, cluster: "Cluster | None" = None) -> None:
     "Show what would run, and write the plan for those who call Snakemake themselves."
     from dml_companion import engine
     out.print(overview(plan))
     engine.write_json_atomic(root / plan.path(), plan.model_dump())
     seconds = engine.time_left(plan, root, cores, plan.left(), {})
     say(f"{len(plan.left())} of {len(plan.jobs)} notebooks would run, {engine.duration(seconds)}; plan: {plan.path()}")
+    if cluster: say(f"by hand: snakemake {shlex.join(engine.snakemake_flags(plan, cores, cluster, root))}")
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c11
-def run_plan(plan: "Plan", cores: int, root: Path, lock: IO) -> int: # exit code
+def run_plan(plan: "Plan", cores: int, root: Path, lock: IO, cluster: "Cluster | None" = None) -> int: # exit code
     "Run, watch, report and publish."
     from dml_companion import engine, profiles
     if plan.left():
-        where = f"{plan.gpus} GPU{'s' * (plan.gpus > 1)} and " if plan.gpus else ""
-        say(f"{plan.profile}: {counts(plan)}; running {len(plan.left())} of {len(plan.jobs)} notebooks "
-            f"on {where}{cores} core{'s' * (cores > 1)}")
+        say(f"{plan.profile}: {counts(plan)}; running {len(plan.left())} of {len(plan.jobs)} notebooks on "
+            + place(plan, cores, cluster))
         polite_signals()
-        process, log = engine.start(plan, cores, root, lock)
+        process, log = engine.start(plan, cores, root, lock, cluster)
         try: watch(plan, process, cores, root)
         except KeyboardInterrupt:
-            engine.stop(process)
+            if cluster: say("\ntaking back what was submitted, a moment", err)
+            engine.stop(process, cluster)
             say("\nstopped; what is finished stays, and the same command goes on from here", err)
             return 130
         if profiles.refresh(plan, root).left(): return report(plan, root, log)
     engine.publish(plan, root)
     say(f"{plan.profile}: all {len(plan.jobs)} notebooks are done; figures, tables and provenance are in {plan.figures}")
     return 0
+
+
+def place(plan: "Plan", cores: int, cluster: "Cluster | None") -> str:
+    "Where the jobs run, in words."
+    if cluster: return f"{cluster.executor} ({cluster.folder.name}), up to {cluster.jobs} at once"
+    gpus = f"{plan.gpus} GPU{'s' * (plan.gpus > 1)} and " if plan.gpus else ""
+    return f"{gpus}{cores} core{'s' * (cores > 1)}"
 
 
 def polite_signals() -> None:
@@ -154,7 +187,7 @@ def polite_signals() -> None:
 def report(plan: "Plan", root: Path, log: Path) -> int: # exit code 1
     "Say what failed, and where to read more."
     from dml_companion import engine
-    broken, never = engine.failures(plan, root)
+    broken, never = engine.failures(plan, root, log)
     for text in broken: say(f"\nFAILED {text}", err)
     if never and broken: say(f"\nnot run because of that: {', '.join(never)}", err)
     if not broken: say(f"\nFAILED the workflow itself; its log ends with\n{engine.tail(log, 15)}", err)
@@ -201,6 +234,163 @@ def wait(process: Popen, seconds: float) -> None:
     except subprocess.TimeoutExpired: pass
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c15
+FolderArgument = Annotated[str, typer.Argument(help="Folder of class folders (or of images), or a zip of it.")]
+FileOption = Annotated[str, typer.Option("--in", "-i", help="Embeddings, as `embed` wrote them.")]
+ModelOption = Annotated[Optional[str], typer.Option("--model", help="Folder of a model that `train` saved.")]
+EncoderOption = Annotated[str, typer.Option("--encoder", help="efficientnet_lite0, resnet50, convnet, ...")]
+WeightsOption = Annotated[Optional[str], typer.Option("--weights", help="File with the encoder's pretrained weights.")]
+SplitOption = Annotated[str, typer.Option("--split", help="Unseen classes: a fraction, or a file that lists them.")]
+SkipOption = Annotated[bool, typer.Option("--skip-broken", help="Leave out, and list, images that cannot be read.")]
+PhotosOption = Annotated[Optional[str], typer.Option("--photos", help="Where the photographs lie, if they have moved.")]
+NeighboursOption = Annotated[int, typer.Option("-k", min=1, help="How many neighbours.")]
+SideOption = Annotated[Optional[int], typer.Option("--size", min=8, help="Side in pixels; default: the model's, or 128.")]
+SetOption = Annotated[Optional[list[str]], typer.Option("--set", help="Option of the objective: name=value.")]
+RateOption = Annotated[Optional[float], typer.Option("--lr", help="Learning rate; default: the objective's.")]
+
+
+@contextmanager
+def in_a_sentence() -> Iterator[None]:
+    "Expected errors end with one sentence and exit code 2, Ctrl-C with 130; the same command goes on from there."
+    from dml_companion.training import Collapsed
+    try: yield
+    except (ValueError, OSError, ImportError, Collapsed) as e: give_up(e)
+    except KeyboardInterrupt:
+        say("\nstopped; the same command goes on from here", err)
+        raise typer.Exit(130)
+
+
+def as_split(text: str) -> float | str:
+    "A fraction, or the name of a file."
+    try: return float(text)
+    except ValueError: return text
+
+
+def confess(left_out: dict[str, int], skipped: dict[str, str]) -> None:
+    "Print what was not taken."
+    if left_out: say("left out: " + ", ".join(f"{n:,} {what}" for what, n in left_out.items()))
+    if skipped: say(f"skipped {len(skipped):,} that cannot be read:")
+    for name, why in skipped.items(): say(f"  {name}: {why}")
+
+
+@app.command()
+def embed(folder: FolderArgument,
+          output: Annotated[str, typer.Option("--output", "-o", help="The .npz to write.")] = "emb.npz",
+          model: ModelOption = None, encoder: EncoderOption = "efficientnet_lite0", weights: WeightsOption = None,
+          size: SideOption = None,
+          which: Annotated[str, typer.Option("--which", help="all, train or unseen classes.")] = "all",
+          split: SplitOption = "0.5", skip_broken: SkipOption = False, device: DeviceOption = "auto") -> None:
+    "Embeddings of a folder of photographs, as an .npz that numpy reads."
+    with in_a_sentence():
+        from dml_companion import photographs as P
+        net = P.load_model(model, size) if model else P.named_model(encoder, size or 128, weights)
+        photos, start = P.side(P.open_photos(folder), which, net, as_split(split)), time.monotonic()
+        found = P.embed_to(output, photos, net, skip_broken=skip_broken, device=device, progress=err.is_terminal)
+        confess(found.provenance["source"]["left_out"], found.provenance["source"]["skipped"])
+        classes = f" of {len(found.class_names):,} classes" if found.class_names else ""
+        say(f"{output}: {len(found):,} images{classes}, {found.embeddings.shape[1]:,} numbers each, by "
+            f"{net.spec['encoder']} at {net.spec['size']} px in {time.monotonic() - start:.0f} s")
+
+
+@app.command()
+def evaluate(files: Annotated[list[str], typer.Argument(help="Embeddings, as `embed` wrote them, to compare.")],
+             nmi: Annotated[Optional[bool], typer.Option(help="NMI, too; default: if it is quick.")] = None) -> None:
+    "Recall@K, MAP@R and NMI of embedded photographs: does a picture find its class?"
+    with in_a_sentence():
+        from dml_companion import photographs as P
+        scores = {f: P.judge(P.read_embeddings(f), nmi) for f in files}
+        out.print(scoreboard(scores))
+        for f, s in scores.items():
+            single = f"; {s['single']:,} classes have one image, which is no query" if s["single"] else ""
+            say(f"{f}: {s['images']:,} images of {s['classes']:,} classes{single}")
+
+
+def scoreboard(scores: dict[str, dict]) -> Table:
+    "Metrics of several embeddings, one line for each distance."
+    ks = [k for k in (1, 2, 4, 8) if any(f"cosine/recall@{k}" in s for s in scores.values())]
+    keys = {**{f"R@{k}": f"recall@{k}" for k in ks}, "MAP@R": "map@r"}
+    table = Table(box=None, pad_edge=False)
+    table.add_column(""); table.add_column("distance")
+    for name in (*keys, "NMI"): table.add_column(name, justify="right")
+    number = lambda x: "-" if x is None else f"{x:.3f}"
+    for name, s in scores.items():
+        for d in ("cosine", "euclidean"):
+            shown = [number(s.get(f"{d}/{key}")) for key in keys.values()]
+            first = d == "cosine"
+            table.add_row(name.replace("[", r"\[") if first else "", d, *shown, number(s.get("nmi")) if first else "")
+    return table
+
+
+@app.command()
+def train(folder: FolderArgument,
+          output: Annotated[str, typer.Option("--output", "-o", help="Folder for the model.")],
+          objective: Annotated[str, typer.Option(help="As `dml-companion objectives` lists them.")] = "cross_entropy",
+          epochs: Annotated[int, typer.Option(min=1)] = 4, lr: RateOption = None, size: SideOption = None,
+          batch_size: Annotated[int, typer.Option(min=2, help="Images a step, at most.")] = 64, set_: SetOption = None,
+          encoder: EncoderOption = "efficientnet_lite0", weights: WeightsOption = None,
+          flip: Annotated[bool, typer.Option(help="Mirror half of the images; not for writing.")] = True,
+          split: SplitOption = "0.5", skip_broken: SkipOption = False, seed: Annotated[int, typer.Option()] = 0,
+          device: DeviceOption = "auto") -> None:
+    "Fine-tune an encoder on half of the classes, judge it on the other half before and after, and save it."
+    with in_a_sentence():
+        from dml_companion import photographs as P
+        choices = dict(objective_options=as_options(set_ or []), encoder=encoder, epochs=epochs, lr=lr, size=size or 128,
+                       batch_size=batch_size, flip=flip)
+        done = P.train_photos(folder, output, objective, as_split(split), skip_broken, seed, weights, device,
+                              err.is_terminal, **choices)
+        report_training(done, output)
+
+
+def report_training(done: dict, output: str) -> None:
+    "What was trained on what, and what it brought."
+    d, r = done["data"], done["run"]["recipe"]
+    confess(d["left_out"], d["skipped"])
+    if d["set_aside"]: say(f"set aside {len(d['set_aside']):,} training classes of one image, which a loss over pairs cannot use")
+    batch = f"{r['batch_size']} images" + (f", {r['per_class']} of a class" if r["per_class"] else "")
+    say(f"{r['objective']}, {r['encoder']} at {r['size']} px: {d['train_images']:,} images of {len(d['train_classes']):,} classes, "
+        f"{r['epochs']} epochs in batches of {batch}, {done['summary']['seconds']:.0f} s of training")
+    say(f"on {d['unseen_images']:,} images of {len(d['unseen_classes']):,} unseen classes:")
+    out.print(scoreboard({"before": done["before"], "after": done["after"]}))
+    say(f"the model is in {output}")
+
+
+def as_options(words: list[str]) -> dict[str, object]:
+    "Options given as name=value, values read as YAML does."
+    import yaml
+    for w in words:
+        if "=" not in w: raise ValueError(f"--set {w!r}: write name=value, e.g. --set margin=0.5")
+    return {name.strip(): yaml.safe_load(value) for name, value in (w.split("=", 1) for w in words)}
+
+
+@app.command()
+def search(query: Annotated[str, typer.Argument(help="An image file.")], file: FileOption = "emb.npz",
+           k: NeighboursOption = 8,
+           sheet: Annotated[Optional[str], typer.Option("--sheet", help="Also draw them: .png, .pdf or .svg.")] = None,
+           model: ModelOption = None, photos: PhotosOption = None) -> None:
+    "The photographs most like a picture."
+    with in_a_sentence():
+        from dml_companion import photographs as P
+        found = P.read_embeddings(file)
+        net = P.model_of(found, model)
+        matches = P.find_similar(query, found, net, k)
+        for m in matches: say(f"{m.similarity:.3f}  {m.file}")
+        if sheet:
+            P.save_sheet(P.query_sheet(query, matches, found, photos), sheet)
+            say(f"{sheet}: the query and its {len(matches)} nearest")
+
+
+@app.command()
+def sheet(file: FileOption = "emb.npz",
+          output: Annotated[str, typer.Option("--output", "-o", help=".png, .pdf or .svg.")] = "sheet.png",
+          queries: Annotated[int, typer.Option("--queries", min=1, max=50, help="How many random photographs.")] = 6,
+          k: NeighboursOption = 8, seed: Annotated[int, typer.Option(help="Another seed, other photographs.")] = 0,
+          photos: PhotosOption = None) -> None:
+    "A contact sheet: random photographs and their nearest ones, hits and misses marked."
+    with in_a_sentence():
+        from dml_companion import photographs as P
+        P.save_sheet(P.random_sheet(P.read_embeddings(file), queries, k, seed, photos), output)
+        say(f"{output}: {queries} random photographs and their {k} nearest")
+
+# %% ../nbs/01_foundations/09_cli.ipynb #c17
 @app.command()
 def objectives() -> None:
     "The objectives that a recipe can name, with their options."
@@ -211,6 +401,60 @@ def objectives() -> None:
         options = ", ".join(f"{k} ({v})" for k, v in entry.defaults.items())
         table.add_row(entry.name, entry.family, options.replace("[", r"\["), entry.paper)
     out.print(table)
+
+# %% ../nbs/01_foundations/09_cli.ipynb #c19
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="See, prepare and verify the data sets.")
+app.add_typer(data_app, name="data")
+
+NameArgument = Annotated[str, typer.Argument(help="A data set: dml-companion data list names them.")]
+SizeOption = Annotated[Optional[int], typer.Option("--size", help="Side of the images in pixels; default: that of the set.")]
+CacheOption = Annotated[Optional[str], typer.Option(
+    "--cache", envvar="DML_CACHE", help="Folder for packs; default: ~/.cache/dml-companion.")]
+DigestOption = Annotated[Optional[str], typer.Option("--digest", help="What the digest must be, or its first 8 or more digits.")]
+
+
+@data_app.command("list")
+def data_list(data: DataOption = None, cache: CacheOption = None) -> None:
+    "Every data set: what is there, what is missing, where it comes from."
+    from dml_companion.benchmarks import inventory
+    table = Table(box=None, pad_edge=False)
+    for name in ("name", "state and official page", "images", "classes"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("images", "classes") else "left")
+    for name, state, facts in inventory(data, cache):
+        colour = "green" if state.startswith(("pack", "emb")) else "cyan" if state.startswith("there") else "default"
+        sizes = (f"{n:,}" if n else "" for n in (facts.images, facts.classes))
+        table.add_row(name, f"[{colour}]{state}[/]\n[dim]{facts.page}[/]", *sizes)
+    out.print(table)
+    say(f"data folder: {data or 'none, give --data or set DML_DATA'}")
+
+
+@data_app.command("prepare")
+def data_prepare(name: NameArgument, data: DataOption = None, size: SizeOption = None, cache: CacheOption = None) -> None:
+    "Check the files of a data set and decode them into a pack; stop it when you like, it goes on from there."
+    from dml_companion.benchmarks import prepare
+    polite_signals()
+    started = time.monotonic()
+    try: done = prepare(name, data, size, cache, err.is_terminal)
+    except KeyboardInterrupt:
+        say("\nstopped; the same command goes on from here", err)
+        raise typer.Exit(130)
+    except (ValueError, OSError, ModuleNotFoundError) as e: give_up(e)
+    how = f"prepared in {time.monotonic() - started:.0f} s" if done.new else "already prepared"
+    say(f"{how}: {len(done.pack.images):,} images, {done.pack.images.nbytes / 1e9:.2g} GB, in {done.pack.folder}")
+    say(f"{done.data}\ndigest {done.data.digest}")
+
+
+@data_app.command("verify")
+def data_verify(name: NameArgument, data: DataOption = None, size: SizeOption = None, cache: CacheOption = None,
+                digest: DigestOption = None) -> None:
+    "Compare counts, every packed image and the digest with what they must be; exit code 1 and the reason if they differ."
+    from dml_companion.benchmarks import BadArchive, BrokenPack, WrongData, verify
+    try: done = verify(name, data, size, cache, digest, err.is_terminal)
+    except (BadArchive, BrokenPack, WrongData) as e:
+        say(f"wrong: {e}", err)
+        raise typer.Exit(1)
+    except (ValueError, OSError, ModuleNotFoundError) as e: give_up(e)
+    say(f"right: {len(done.pack.images):,} images have their hash, in {done.pack.folder}\n{done.data}\ndigest {done.data.digest}")
 
 
 @app.command(hidden=True)

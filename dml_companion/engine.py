@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['KEEP', 'NOISE', 'BUDGET', 'failure_text', 'NotebookFailed', 'broken_cell', 'describe_failure', 'papermill', 'execute',
            'locked', 'check_code', 'trained_files', 'drop_old_claims', 'seal', 'is_front', 'follow_front', 'one_gpu',
-           'run_job', 'do_job', 'note_failure', 'Busy', 'project_lock', 'snakemake_command', 'guarded_snakemake',
-           'job_environment', 'start', 'stop', 'Progress', 'epochs_done', 'last_seconds', 'past_seconds', 'time_left',
-           'look', 'duration', 'tail', 'failures', 'clean_text', 'clean_output', 'machine_folders', 'reading_copy',
-           'manifest', 'readable', 'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'publish']
+           'run_job', 'do_job', 'note_failure', 'Busy', 'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags',
+           'snakemake_command', 'guarded_snakemake', 'job_environment', 'start', 'stop', 'Progress', 'epochs_done',
+           'last_seconds', 'past_seconds', 'time_left', 'look', 'duration', 'tail', 'scheduler_says', 'failures',
+           'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable', 'figure_files',
+           'provenance_of', 'front_page', 'refresh_quotes', 'publish']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
-import fcntl, json, math, os, re, subprocess, sys, tempfile, threading, time
+import json, math, os, re, signal, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
-from .profiles import Job, Plan, beside, check_parameters, is_locked, spoilt
+from .profiles import Job, Plan, beside, check_parameters, is_locked, read_yaml, spoilt, take_lock
 from .reproduction import (digest, file_digest, load_record, notebook_digest, now, package_folder,
-    project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
+    nearest_name, project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c05
 def failure_text(error: dict) -> str: # error: what `.error.json` holds
@@ -101,11 +103,9 @@ def locked(path: Path, # the lock file
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
         end = time.monotonic() + patience
-        while True:
-            try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB); break
-            except BlockingIOError:
-                if time.monotonic() >= end: raise
-                time.sleep(.1)
+        while not take_lock(file):
+            if time.monotonic() >= end: raise BlockingIOError(f"{path} is held by another process")
+            time.sleep(.1)
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "since": now()}))
         file.flush()
@@ -159,12 +159,14 @@ def is_front(pid: int, # process id
     except psutil.Error: return False
 
 
-def follow_front() -> None:
+def follow_front(gently: bool = False, # Ctrl-C instead of a kill, for what has to tidy up elsewhere
+                ) -> None:
     "Die with the front end named in `DML_FRONT`, children first; without one (on a cluster) do nothing."
     pid, _, born = os.environ.get("DML_FRONT", "").partition(":")
     def watch():
         import psutil
         while is_front(int(pid), born): time.sleep(.5)
+        if gently: os.kill(os.getpid(), signal.SIGINT); return
         for child in psutil.Process().children(recursive=True): child.kill()
         os._exit(75)
     if pid: threading.Thread(target=watch, daemon=True).start()
@@ -193,7 +195,7 @@ def run_job(plan_file: str, # written by the front end, from the root
     os.environ.update({**threads, "DML_ROOT": str(root), "DML_MANIFEST": str(beside(output, "files"))})
     follow_front()
     try:
-        with locked(beside(output, "lock"), patience=30), one_gpu(plan, root): do_job(job, root)
+        with locked(beside(output, "lock"), patience=120), one_gpu(plan, root): do_job(job, root)
     except NotebookFailed as e: print(e, file=sys.stderr); return 1
     except BlockingIOError: return note_failure(job, "Busy", "another process is at work on it", root)
     except ValueError as e: return note_failure(job, "ValueError", str(e), root)
@@ -234,18 +236,55 @@ def project_lock(root: Path) -> Iterator[Any]: # the open lock file, for Snakema
                    f"{who.get('since', '?')}). Wait for it or stop it; what it has finished stays.") from None
 
 
-def snakemake_command(plan: Plan, cores: int) -> list[str]:
-    "The command line; the same flags work with Snakemake 7.32 and 9."
+class Cluster(NamedTuple):
+    "Where Snakemake sends jobs instead of running them here."
+    folder: Path # holds a Snakemake profile, config.yaml
+    executor: str # "slurm"
+    jobs: int # at most so many at once
+
+
+def load_cluster(name: str, # "slurm": a folder of workflow/cluster; or the path of a folder
+                 root: Path, # the project
+                ) -> Cluster:
+    "Read a Snakemake profile; ValueError if it is not there, says no executor, or the executor is not installed."
+    known = sorted(p.parent.name for p in (root / "workflow/cluster").glob("*/config.yaml"))
+    folder = root / "workflow/cluster" / name if name in known else Path(name).expanduser().resolve()
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"unknown cluster {name!r}{nearest_name(name, known)} "
+                         f"Known: {', '.join(known) or 'none'}; or give a folder that holds a config.yaml")
+    says = read_yaml(folder / "config.yaml")
+    executor, jobs = says.get("executor"), says.get("jobs")
+    if not isinstance(executor, str) or type(jobs) is not int or jobs < 1:
+        raise ValueError(f"{relative(folder, root)}/config.yaml must say `executor: slurm` (or another) and `jobs: 50` "
+                         f"(how many at once), got executor {executor!r}, jobs {jobs!r}")
+    if not find_spec(f"snakemake_executor_plugin_{executor.replace('-', '_')}"):
+        raise ValueError(f"Snakemake's executor {executor!r} is not installed: pip install -e '.[reproduce,cluster]' for "
+                         f"Slurm, else snakemake-executor-plugin-{executor} (Python 3.11 or newer)")
+    return Cluster(folder, executor, jobs)
+
+
+def snakemake_flags(plan: Plan, cores: int, cluster: Cluster | None, root: Path) -> list[str]:
+    "What follows `snakemake`; without a cluster the same flags work with Snakemake 7.32 and 9."
     slots = ["--resources", f"gpu_slots={plan.gpus * plan.runs_per_gpu}"] if plan.gpus else []
-    ours = [sys.executable, "-c", "from dml_companion.engine import guarded_snakemake; guarded_snakemake()"]
-    return [*ours, "-s", "workflow/Snakefile", "--cores", str(cores), *slots, "--keep-going", "--rerun-incomplete",
+    where = ["--profile", relative(cluster.folder, root)] if cluster else ["--cores", str(cores), *slots]
+    return ["-s", "workflow/Snakefile", *where, "--keep-going", "--rerun-incomplete",
             "--nolock", "--rerun-triggers", "mtime", "--config", f"plan={plan.path()}"]
 
 
-def guarded_snakemake() -> None:
+def snakemake_command(plan: Plan, cores: int, root: Path, cluster: Cluster | None = None) -> list[str]:
+    "The command line of a Snakemake that ends when we do."
+    code = f"from dml_companion.engine import guarded_snakemake; guarded_snakemake({cluster is not None})"
+    return [sys.executable, "-c", code, *snakemake_flags(plan, cores, cluster, root)]
+
+
+def guarded_snakemake(remote: bool = False, # jobs run on a cluster: they follow nobody, and are taken back by Ctrl-C
+                     ) -> None:
     "Run Snakemake in this process, and die with the front end."
     import runpy
-    follow_front()
+    follow_front(gently=remote)
+    if remote:
+        os.environ.pop("DML_FRONT", None)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv[0] = "snakemake"
     runpy.run_module("snakemake", run_name="__main__", alter_sys=True)
 
@@ -259,6 +298,7 @@ def job_environment(root: Path) -> dict[str, str]:
 
 
 def start(plan: Plan, cores: int, root: Path, lock: Any, # the open file of `project_lock`
+          cluster: Cluster | None = None, # where jobs run; default: here
          ) -> tuple[subprocess.Popen, Path]: # Snakemake, its log
     "Clear away spoilt outputs and old errors, write the plan and start Snakemake in the background."
     for job in plan.left():
@@ -268,14 +308,19 @@ def start(plan: Plan, cores: int, root: Path, lock: Any, # the open file of `pro
     log = root / f"runs/logs/{plan.profile}/snakemake-{time.strftime('%Y%m%d-%H%M%S')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as out:
-        process = subprocess.Popen(snakemake_command(plan, cores), cwd=root, env=job_environment(root), stdout=out,
-                                   stdin=subprocess.DEVNULL, stderr=out, start_new_session=True, pass_fds=[lock.fileno()])
+        process = subprocess.Popen(snakemake_command(plan, cores, root, cluster), cwd=root, env=job_environment(root),
+                                   stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                                   pass_fds=[lock.fileno()])
     return process, log
 
 
-def stop(process: subprocess.Popen) -> None:
-    "End Snakemake and everything below it."
+def stop(process: subprocess.Popen, cluster: Cluster | None = None) -> None:
+    "End Snakemake and everything below it; on a cluster let it first take back what it has submitted."
     import psutil
+    if cluster:
+        process.send_signal(signal.SIGINT)
+        try: process.wait(90)
+        except subprocess.TimeoutExpired: pass
     try: parent = psutil.Process(process.pid)
     except psutil.NoSuchProcess: return
     for p in (parent, *parent.children(recursive=True)):    # Snakemake first, or it would start the next job
@@ -365,15 +410,25 @@ def tail(path: Path, lines: int = 8) -> str:
     return "\n".join("    | " + line[:200] for line in text[-lines:])
 
 
-def failures(plan: Plan, root: Path) -> tuple[list[str], list[str]]: # failed jobs described, titles of jobs never begun
-    "What went wrong, job by job: from `.error.json`, else from the end of the job's log."
-    undone = [j for j in plan.jobs if not (root / j.output).is_file()]
+def scheduler_says(log: Path) -> dict[str, str]: # output -> message
+    "What a cluster's scheduler said about failed jobs (refused, out of time, out of memory): from Snakemake's log."
+    try: text = log.read_text(errors="replace")
+    except OSError: return {}
+    block = r"^Error in .+:\n +message: (?!None)(.+)\n(?:(?!Error in ).*\n)*? +output: (\S+)"
+    return {output: message for message, output in re.findall(block, text, re.M)}
+
+
+def failures(plan: Plan, root: Path, log: Path | None = None, # Snakemake's
+            ) -> tuple[list[str], list[str]]: # failed jobs described, titles of jobs never begun
+    "What went wrong, job by job: from `.error.json`, else from the scheduler and the end of the job's log."
+    undone, says = [j for j in plan.jobs if not (root / j.output).is_file()], scheduler_says(log) if log else {}
     broken, never = [], []
     for job in undone:
         error = read_json(beside(root / job.output, "error.json"))
         if error: broken.append(f"{job.title}: {failure_text(error)}\n    log: {job.log}")
         elif set(job.after) & {j.output for j in undone} or not (root / job.log).exists(): never.append(job.title)
-        else: broken.append(f"{job.title}: {job.notebook} ended without a word\n{tail(root / job.log)}\n    log: {job.log}")
+        else: broken.append("\n".join(filter(None, [f"{job.title}: {job.notebook} ended without a word", tail(root / job.log),
+                                                     f"    {says.get(job.output, '')}".rstrip(), f"    log: {job.log}"])))
     return broken, never
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c33
