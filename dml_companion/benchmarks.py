@@ -4,25 +4,28 @@
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c02
 from __future__ import annotations
-import base64, io, json, os, re, shutil, tarfile, tempfile, threading, time, zipfile, zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import base64, io, json, os, re, shutil, tarfile, tempfile, threading, zipfile, zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from . import datasets
-from .datasets import (DATASETS, MAX_RATIO, BadArchive, BrokenPack, Dataset, Files, MissingData, Pack, Sides,
-                                    Source, assemble, cache_folder, dataset, known_datasets, missing, open_pack,
-                                    read_image, refuse, sha256_json, unsafe_member, verify_pack, zip_files)
+from .datasets import (MAX_RATIO, PACK_FORMAT, BadArchive, BrokenPack, Dataset, Files, MissingData, Pack, Sides,
+                                    Source, cache_folder, dataset, known_datasets, missing, open_pack, read_image,
+                                    refuse, sha256_json, unsafe_member, verify_pack, zip_files)
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'ARCHIVES', 'CUB', 'SOP', 'LAYOUTS', 'FOLDERS', 'FACTS', 'ANNOTATION', 'TRAIN', 'QUERY', 'GALLERY',
-           'Counts', 'WrongData', 'expecting', 'Part', 'packed', 'Facts', 'Found', 'look', 'find', 'Listing',
-           'unsafe_tar_member', 'tar_members', 'unpack', 'kept_listing', 'keep_listing', 'tar_files', 'Place',
-           'folder_place', 'archive_place', 'place', 'joined', 'Census', 'counts', 'check', 'squeezed', 'pack_census',
-           'rows', 'number', 'cub', 'read_mat', 'car_rows', 'cars_census', 'cars196', 'sop', 'inshop_census', 'inshop']
+           'PACKED_AS', 'Counts', 'WrongData', 'expecting', 'Part', 'packed', 'Facts', 'Found', 'look', 'find',
+           'Listing', 'unsafe_tar_member', 'tar_members', 'unpack', 'kept_listing', 'keep_listing', 'tar_files',
+           'Place', 'folder_place', 'archive_place', 'place', 'joined', 'Census', 'counts', 'check', 'squeezed',
+           'pack_census', 'rows', 'number', 'cub', 'read_mat', 'car_rows', 'cars_census', 'cars196', 'sop',
+           'inshop_census', 'inshop', 'NotPrepared', 'packs_on_disk', 'standing_pack', 'watching', 'Prepared',
+           'prepare', 'verify', 'Line', 'inventory']
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c05
 class Counts(NamedTuple):
@@ -60,7 +63,7 @@ def expecting(name: str, # of a benchmark
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
 
 class Part(NamedTuple):
-    "A piece of an official download: what to call it, and the paths that count as having it, the first found wins."
+    "A piece of an official download: its name there, and the paths that count as having it, the first found wins."
     label: str
     paths: tuple[str, ...]
 
@@ -72,16 +75,16 @@ def packed(stem: str, # name of a folder or archive, without ending
 
 CUB, SOP = "CUB_200_2011", "Stanford_Online_Products"
 LAYOUTS: dict[str, list[list[Part]]] = {
-    "cub": [[Part(f"{CUB}/ or {CUB}.tgz", (*packed(CUB, "images.txt"), "images.txt"))]],
-    "cars196": [[Part("cars_annos.mat", ("cars_annos.mat",)), Part("car_ims/ or car_ims.tgz", packed("car_ims"))],
-                [Part("devkit/ or car_devkit.tgz", ("devkit/cars_train_annos.mat", *packed("car_devkit")[1:])),
+    "cub": [[Part(f"{CUB}.tgz", (*packed(CUB, "images.txt"), "images.txt"))]],
+    "cars196": [[Part("cars_annos.mat", ("cars_annos.mat",)), Part("car_ims.tgz", packed("car_ims"))],
+                [Part("car_devkit.tgz", ("devkit/cars_train_annos.mat", *packed("car_devkit")[1:])),
                  Part("cars_test_annos_withlabels.mat", ("devkit/cars_test_annos_withlabels.mat",
                                                          "cars_test_annos_withlabels.mat")),
-                 *(Part(f"{side}/ or {side}.tgz", packed(side)) for side in ("cars_train", "cars_test"))]],
-    "sop": [[Part(f"{SOP}/ or {SOP}.zip", (*packed(SOP, "Ebay_train.txt"), "Ebay_train.txt"))]],
+                 *(Part(f"{side}.tgz", packed(side)) for side in ("cars_train", "cars_test"))]],
+    "sop": [[Part(f"{SOP}.zip", (*packed(SOP, "Ebay_train.txt"), "Ebay_train.txt"))]],
     "inshop": [[Part("list_eval_partition.txt", ("Eval/list_eval_partition.txt", "list_eval_partition.txt")),
-                Part("Img/img/ or Img/img.zip", ("Img/img", "Img/img.zip", "img", "img.zip"))]],
-    "omniglot": [[Part(f"{h}/ or {h}.zip", (h, f"{h}.zip")) for h in ("images_background", "images_evaluation")]],
+                Part("Img/img.zip", ("Img/img", "Img/img.zip", "img", "img.zip"))]],
+    "omniglot": [[Part(f"{h}.zip", (h, f"{h}.zip")) for h in ("images_background", "images_evaluation")]],
     "grocery": [[Part("grocery_128.zip", ("grocery_128.zip",))]]}
 FOLDERS = {"cub": (), "cars196": ("CARS_196", "stanford_cars"), "sop": (),
            "inshop": ("InShop", "In-shop Clothes Retrieval Benchmark")} # names that others give to DML_DATA/<name>
@@ -136,7 +139,7 @@ def find(name: str, root: Path | None) -> list[Path]: # one for each part
     found, facts = look(name, root), FACTS[name]
     if not found.lacking: return list(found.parts.values())
     have = ", ".join(p.name for p in found.parts.values() if p)
-    what = " and ".join(found.lacking) + (f" (there is {have})" if have else "")
+    what = f"{' and '.join(found.lacking)} (packed or unpacked{f'; there is {have}' if have else ''})"
     raise missing(name, root, what, f"take {facts.download} from {facts.page} and put it so:\n{facts.help}")
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c13
@@ -188,9 +191,8 @@ def unpack(path: Path, home: Path, # where the temporary file goes: beside the p
         at += store.write(data)
     return store, Listing(members, kept)
 
-# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c15
 def kept_listing(path: Path, home: Path) -> tuple[Path, Listing | None]: # where it is kept, and what it says if sound
-    "The listing of an archive from an earlier pass."
+    "The listing of an archive from an earlier pass, found by the archive's path, size and modification time."
     s = path.stat()
     file = home / "listings" / f"{path.name}-{sha256_json([str(path.resolve()), s.st_size, s.st_mtime_ns])[:16]}.json"
     try:
@@ -212,14 +214,15 @@ ANNOTATION = re.compile(r"(^|/)(images|image_class_labels|classes|Ebay_train|Eba
 def tar_files(path: Path, cache: str | Path | None = None, progress: bool = True) -> Files:
     "The files of a tar archive (.tgz, .tar.gz, .tar); it is unpacked when first needed. Raises `BadArchive`."
     home, lock, stores = cache_folder(cache), threading.Lock(), []
-    home.mkdir(parents=True, exist_ok=True)
-    file, listing = kept_listing(path, home)
+    (home / ".locks").mkdir(parents=True, exist_ok=True)
     def open_store():
-        nonlocal listing
         store, listing = unpack(path, home, lambda n: bool(ANNOTATION.search(n)), progress)
         stores.append(store)
         keep_listing(file, listing)
-    if listing is None: open_store()
+        return listing
+    with FileLock(home / ".locks" / f"{path.name}.listing"):       # of several processes one unpacks, the others read
+        file, listing = kept_listing(path, home)
+        listing = listing or open_store()
     def read(name):
         if name in listing.kept: return listing.kept[name]
         with lock:                                                 # images are read from several threads
@@ -230,7 +233,7 @@ def tar_files(path: Path, cache: str | Path | None = None, progress: bool = True
     facts = [[n, *m[1:]] for n, m in sorted(listing.members.items())]
     return Files(path, [f[0] for f in facts], sha256_json(facts), read)
 
-# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c18
+# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c16
 class Place(NamedTuple):
     "A folder, or the archive that stands for it."
     where: Path
@@ -275,7 +278,7 @@ def joined(places: dict[str, Place], # first part of a name -> where it lies
         return Files(next(iter(places.values())).where.parent, there, sha256_json([f.fingerprint for f in each.values()]), read)
     return Place(next(iter(places.values())).where.parent, read, files)
 
-# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c20
+# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c18
 TRAIN, QUERY, GALLERY = range(3)
 
 class Census(NamedTuple):
@@ -309,7 +312,7 @@ def check(name: str, census: Census) -> Files:
                           f"{census.place.where}, first {first}: fetch it again from {FACTS[name].page}")
     return files
 
-# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c22
+# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c20
 def squeezed(files: Files, size: int) -> Files:
     "The same files, each image squeezed into a square whatever its shape (bicubic, antialiased)."
     def read(name):
@@ -335,7 +338,7 @@ def pack_census(name: str, census: Census, size: int, cache: str | Path | None, 
     facts = dict(source=FACTS[name].page, licence=FACTS[name].licence, size=size, stretch=stretch)
     return Sides(pack, train, query, gallery if len(gallery) else None, True, facts | info)
 
-# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c24
+# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c23
 def rows(place: Place, name: str, # of an annotation file
          columns: int, # fields on a line; the last may hold spaces
          skip: int = 0, # header lines
@@ -356,7 +359,6 @@ def number(text: str, what: str, low: int, high: int) -> int:
         raise WrongData(f"{what} {text!r} is not a number from {low} to {high}")
     return int(text)
 
-# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c26
 @dataset("cub", "birds: 100 species to train on, 100 unseen (CUB-200-2011); fetch it from the official page", 256)
 def cub(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
         stretch: bool = False, # squeeze images into a square; False: scale the short side, crop the centre
@@ -372,7 +374,7 @@ def cub(root: Path | None, size: int, cache: str | Path | None, progress: bool, 
     census = Census(at, [f"images/{p}" for p in paths.values()], y, [c for _, c in classes], side)
     return pack_census("cub", census, size, cache, progress, stretch)
 
-# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c30
+# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c27
 def read_mat(place: Place, name: str) -> dict[str, Any]: # variables as plain Python values
     "A Matlab file by scipy; raises `MissingData`, `WrongData`, and `ModuleNotFoundError` without scipy."
     try: from scipy.io import loadmat
@@ -420,7 +422,7 @@ def cars196(root: Path | None, size: int, cache: str | Path | None, progress: bo
     "Cars196 from either official layout: the first half of the classes trains, the second is unseen."
     return pack_census("cars196", cars_census(root, cache, progress), size, cache, progress, stretch)
 
-# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c33
+# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c30
 @dataset("sop", "online products: 11,318 to train on, 11,316 unseen (Stanford Online Products); from the official page", 256)
 def sop(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
         stretch: bool = True, # squeeze images into a square, as the official code does; False: centre crop
@@ -436,7 +438,7 @@ def sop(root: Path | None, size: int, cache: str | Path | None, progress: bool, 
                     np.repeat([TRAIN, QUERY], [len(side) for side in sides]))
     return pack_census("sop", census, size, cache, progress, stretch)
 
-# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c35
+# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c33
 def inshop_census(root: Path | None, cache: str | Path | None, progress: bool) -> Census:
     "In-Shop's list; classes are numbered within the training side first, then within the test side."
     notes, images = find("inshop", root)
@@ -460,3 +462,84 @@ def inshop(root: Path | None, size: int, cache: str | Path | None, progress: boo
           ) -> Sides:
     "In-Shop Clothes Retrieval from its official folders or img.zip, with query and gallery."
     return pack_census("inshop", inshop_census(root, cache, progress), size, cache, progress, stretch)
+
+# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c38
+class NotPrepared(MissingData):
+    "The files may be there, but there is no pack of them yet."
+
+def packs_on_disk(cache: str | Path | None = None) -> dict[Path, dict]: # folder -> its meta.json ({} if unreadable)
+    "The packs of a cache folder."
+    found = {}
+    for file in sorted(cache_folder(cache).glob("[!.]*px-*/meta.json")):
+        try: found[file.parent] = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError): found[file.parent] = {}
+    return found
+
+def standing_pack(source: Source, cache: str | Path | None = None) -> Pack:
+    "The pack of a source if there is one; raises `NotPrepared` or `BrokenPack`, and writes nothing."
+    key = sha256_json([PACK_FORMAT, source.name, source.fingerprint, list(source.shape)])[:16]
+    folder = cache_folder(cache) / f"{source.name}-{source.shape[1]}px-{key}"      # the name that `ensure_pack` gives
+    if folder.exists(): return open_pack(folder)
+    raise NotPrepared(f"there is no pack of these files at {source.shape[1]} px in {cache_folder(cache).resolve()}: "
+                      f"run `dml-companion data prepare` first")
+
+@contextmanager
+def watching(open_only: bool = False, # write no pack; where there is none, raise `NotPrepared`
+            ) -> Iterator[list[Pack]]: # filled with what is opened
+    "The packs that `load` opens inside a `with` block."
+    ensure, seen = datasets.ensure_pack, []
+    def watched(source, cache=None, progress=True):
+        seen.append(standing_pack(source, cache) if open_only else ensure(source, cache, progress))
+        return seen[-1]
+    datasets.ensure_pack = watched
+    try: yield seen
+    finally: datasets.ensure_pack = ensure
+
+class Prepared(NamedTuple):
+    "A data set and its pack."
+    data: Dataset
+    pack: Pack
+    new: bool # was it packed just now?
+
+def prepare(name: str, root: str | Path | None = None, size: int | None = None, cache: str | Path | None = None,
+            progress: bool = True) -> Prepared: # arguments as in `load`
+    "Check a set's files and turn them into a pack, or open the one that is there; goes on where it was killed."
+    stamp = lambda folder: (folder / "meta.json").stat().st_mtime_ns
+    before = {folder: stamp(folder) for folder in packs_on_disk(cache)}
+    with watching() as seen: data = datasets.load(name, root, size, cache, progress)
+    return Prepared(data, seen[0], before.get(seen[0].folder) != stamp(seen[0].folder))
+
+def verify(name: str, root: str | Path | None = None, size: int | None = None, cache: str | Path | None = None,
+           digest: str | None = None, # what the data set's digest must be, or how it must begin
+           progress: bool = True) -> Prepared:
+    "Counts, the hash of every packed image, the digest; raises `NotPrepared`, `BrokenPack` or `WrongData`."
+    with watching(open_only=True) as seen: data = datasets.load(name, root, size, cache, progress)
+    n = len(seen[0].images)
+    verify_pack(seen[0], tqdm(range(n), f"verifying {name}", disable=not progress, unit=" images"))
+    if digest is not None and (len(digest) < 8 or not data.digest.startswith(digest.lower())):
+        raise WrongData(f"{name} has the digest {data.digest}, not {digest!r}")
+    return Prepared(data, seen[0], False)
+
+# %% ../nbs/01_foundations/01b_benchmarks.ipynb #c40
+PACKED_AS = {"grocery": "folder"} # Grocery is a folder of images with a name
+
+class Line(NamedTuple):
+    "A set in the list."
+    name: str
+    state: str # what is there, what is missing
+    facts: Facts
+
+def inventory(root: str | Path | None = None, cache: str | Path | None = None) -> list[Line]:
+    "Every set that `load` knows: missing (and what), there, or packed at which sizes."
+    root, packs = root or os.environ.get("DML_DATA") or None, packs_on_disk(cache)
+    root = Path(root).expanduser() if root else None
+    def state(name):
+        if name == "glyphs": return "embedded"
+        if name == "folder": return "any folder"
+        images = FACTS[name].images if name not in OFFICIAL else OFFICIAL[name].images
+        ready = sorted({m["shape"][2] for f, m in packs.items() if f.name.startswith(f"{PACKED_AS.get(name, name)}-")
+                        and m.get("shape", [0])[0] == images})
+        lacking = look(name, root).lacking
+        words = [f"missing {', '.join(lacking)}"] if lacking else ["there"] if not ready else []
+        return ", ".join(words + [f"pack ready ({', '.join(map(str, ready))} px)"] * bool(ready))
+    return [Line(name, state(name), FACTS[name]) for name in known_datasets()]
