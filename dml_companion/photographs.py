@@ -4,21 +4,23 @@
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c02
 from __future__ import annotations
-import json, os, platform, re, shutil, warnings, zipfile
+import glob, json, os, platform, re, shutil, warnings, zipfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
-from .datasets import (BrokenImage, Dataset, Files, IMAGE_ENDINGS, MissingData, Sides, Source, assemble, ensure_pack,
-                                    folder_files, hidden, image_classes, read_image, sha256_json, take_classes, unseen_classes, zip_files)
+from .datasets import (BrokenImage, Dataset, Files, IMAGE_ENDINGS, MissingData, Sides, Source, Split,
+                                    assemble, ensure_pack, folder_files, hidden, image_classes, read_image, sha256_json,
+                                    take_classes, unseen_classes, zip_files)
 from .encoders import Encoder, PRETRAINED, build_encoder, check_known, embed, fill
 from .objective import Objective, locate, options as accepted, unknown
 from .reproduction import file_digest, now, read_json, write_atomic, write_json_atomic
@@ -26,12 +28,13 @@ from .retrieval import evaluate, nearest
 from .training import Augment, Recipe, fit, pick_device, seed_everything
 
 # %% auto #0
-__all__ = ['PIECE', 'FRAMES', 'RATES', 'Photos', 'open_photos', 'strange_files', 'only', 'read_photo', 'read_photos', 'Model',
-           'model_digest', 'numbers_digest', 'named_model', 'save_model', 'load_model', 'empty_encoder', 'Embeddings',
-           'read_embeddings', 'embed_photos', 'embed_piece', 'read_piece', 'story', 'embed_to', 'writable', 'judge',
-           'model_of', 'Match', 'find_similar', 'neighbours', 'Tile', 'contact_sheet', 'draw_tile', 'tiles',
-           'random_sheet', 'source_files', 'save_sheet', 'find_objective', 'needs_pairs', 'photo_recipe',
-           'photo_dataset', 'train_photos', 'sound', 'finished', 'untrained', 'side']
+__all__ = ['PIECE', 'CLUSTERING', 'FRAMES', 'RATES', 'Photos', 'open_photos', 'strange_files', 'only', 'read_photo',
+           'read_photos', 'Model', 'model_digest', 'numbers_digest', 'named_model', 'save_model', 'load_model',
+           'empty_encoder', 'Embeddings', 'read_embeddings', 'embed_photos', 'embed_piece', 'read_piece', 'story',
+           'embed_to', 'writable', 'judge', 'model_of', 'Match', 'find_similar', 'read_query', 'row_of', 'neighbours',
+           'Tile', 'contact_sheet', 'draw_tile', 'tiles', 'random_sheet', 'spread', 'query_sheet', 'source_files',
+           'save_sheet', 'find_objective', 'needs_pairs', 'photo_recipe', 'photo_dataset', 'train_photos',
+           'judge_split', 'sound', 'finished', 'untrained', 'side']
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c07
 class Photos(NamedTuple):
@@ -44,12 +47,15 @@ class Photos(NamedTuple):
 
 def open_photos(root: str | Path, # folder of class folders, folder of images, or a zip archive of either
                ) -> Photos:
-    "List the images of a folder; raises `MissingData` when there are none, `BadArchive` for a zip that cannot be trusted."
+    "List the images of a folder; raises `MissingData` when there are none, `BadArchive` for a zip not to be trusted."
     root = Path(root).expanduser()
-    if not root.exists(): raise MissingData(f"{root} is not there: give a folder of photographs, or a zip archive of it")
+    if not root.exists(): raise MissingData(f"{root} is not there: give a folder of photographs, or a zip of it")
     if root.is_file() and not zipfile.is_zipfile(root):
         raise ValueError(f"{root} is neither a folder nor a zip archive: give the folder that holds the photographs")
-    files = folder_files(root) if root.is_dir() else zip_files(root)
+    try: files = folder_files(root) if root.is_dir() else zip_files(root)
+    except UnicodeEncodeError as e:
+        name = e.object[max(0, e.start - 30):e.end]
+        raise ValueError(f"{root} holds a file whose name is no text (...{name!a}): rename it") from e
     classes, left_out = image_classes(files)
     if left_out.pop("files that are no images", 0): left_out |= strange_files(files)
     if not classes:
@@ -57,16 +63,17 @@ def open_photos(root: str | Path, # folder of class folders, folder of images, o
         loose = [n for n in files.names if not hidden(n) and n.lower().endswith(IMAGE_ENDINGS)]
         classes = {"": loose} if loose else {}
     if not classes:
-        raise MissingData(f"{root} holds no images ({', '.join(f'{n} {what}' for what, n in left_out.items()) or 'it is empty'}): "
-                          f"read are {', '.join(IMAGE_ENDINGS)}, best one folder for each class")
-    labels = np.repeat(np.arange(len(classes)), [len(g) for g in classes.values()])
-    named = list(classes) != [""]
-    return Photos(files, [n for g in classes.values() for n in g], labels if named else None, list(classes) if named else [], left_out)
+        what = ", ".join(f"{n} {what}" for what, n in left_out.items()) or "it is empty"
+        raise MissingData(f"{root} holds no images ({what}); read are {', '.join(IMAGE_ENDINGS)}")
+    names = [n for group in classes.values() for n in group]
+    labels = np.repeat(np.arange(len(classes)), [len(group) for group in classes.values()])
+    if list(classes) == [""]: return Photos(files, names, None, [], left_out)
+    return Photos(files, names, labels, list(classes), left_out)
 
 def strange_files(files: Files) -> dict[str, int]: # {"files that end in .heic": 12, ...}
     "Files that are neither hidden nor images, counted by ending."
-    endings = (Path(n).suffix.lower() or "nothing" for n in files.names if not hidden(n) and not n.lower().endswith(IMAGE_ENDINGS))
-    return {f"files that end in {e}": n for e, n in Counter(endings).most_common()}
+    strange = (n for n in files.names if not hidden(n) and not n.lower().endswith(IMAGE_ENDINGS))
+    return {f"{e or 'other'} files": n for e, n in Counter(Path(n).suffix.lower() for n in strange).most_common()}
 
 def only(photos: Photos,
          keep: np.ndarray, # row numbers or a mask
@@ -86,14 +93,14 @@ def read_photo(files: Files, name: str, # as `Photos` lists them
     try: return read_image(files, name, size)
     except BrokenImage as e:
         fault = re.sub(r"cannot identify image file <.*", "no image format that is known", str(e.__cause__ or e))
-        raise BrokenImage(f"cannot read the image {name} in {files.where}: {fault}. Replace or remove it; with --skip-broken "
-                          "(skip_broken=True) such files are left out and listed in the result") from RuntimeError(fault)
+        raise BrokenImage(f"cannot read the image {name} in {files.where}: {fault}. Replace or remove it; with "
+                          "--skip-broken (skip_broken=True) it is left out and listed") from RuntimeError(fault)
 
 def read_photos(photos: Photos,
                 names: Sequence[str], # some of photos.names
                 size: int, # side in pixels
                 skip_broken: bool = False, # leave out what cannot be read instead of raising
-               ) -> tuple[np.ndarray, dict[str, str]]: # (m, 3, size, size) uint8 of those that could be read, {file: fault}
+               ) -> tuple[np.ndarray, dict[str, str]]: # (m, 3, size, size) uint8 of the readable ones, {file: fault}
     "Decode images in threads; raises `BrokenImage`, which names the first that cannot be read."
     def attempt(name):
         try: return read_photo(photos.files, name, size)
@@ -129,7 +136,7 @@ def numbers_digest(weights: torch.Tensor) -> str:
 
 def named_model(name: str = "efficientnet_lite0", # one of `encoders.ENCODERS`
                 size: int = 128, # side of the images in pixels
-                weights: str | Path | None = None, # their file, for a pretrained net; None: the package's, or torch's cache
+                weights: str | Path | None = None, # file, for a pretrained net; None: the package's, or torch's cache
                ) -> Model:
     "A pretrained encoder by name; convnet and pixels have no weights to load and serve as controls."
     pretrained = name in PRETRAINED
@@ -161,9 +168,9 @@ def load_model(folder: str | Path, # as `save_model` left it
     folder = Path(folder).expanduser()
     facts, weights = read_json(folder / "model.json"), folder / "encoder.safetensors"
     if not isinstance(facts, dict) or not {"spec", "digest", "sha256"} <= facts.keys():
-        raise ValueError(f"{folder} holds no model (no sound model.json): give the folder that `dml-companion train` filled")
+        raise ValueError(f"{folder} holds no model (no sound model.json): give what `dml-companion train` wrote")
     if not weights.is_file() or file_digest(weights) != facts["sha256"]:
-        raise ValueError(f"{weights} is missing or not the file that was saved with model.json: copy the whole folder again")
+        raise ValueError(f"{weights} is not the file that was saved with model.json: copy the whole folder again")
     spec = facts["spec"] | ({"size": size} if size else {})
     encoder = empty_encoder(spec)
     fill(encoder, load(weights.read_bytes()), weights)
@@ -191,10 +198,11 @@ class Embeddings:
             raise ValueError(f"embeddings must be ({n}, d) finite float32, one row a file, got {z.shape} {z.dtype}")
         if self.labels is not None and not (len(self.labels) == n and
                                             np.array_equal(np.unique(self.labels), np.arange(len(self.class_names)))):
-            raise ValueError(f"labels must be {n} numbers 0..{len(self.class_names) - 1}, each present, as class_names says")
+            raise ValueError(f"labels must be {n} numbers from 0 to {len(self.class_names) - 1}, each present")
     def __len__(self) -> int: return len(self.files)
     def __repr__(self) -> str:
-        return f"Embeddings({len(self):,} images of {len(self.class_names):,} classes, {self.embeddings.shape[1]} dimensions)"
+        n, d = self.embeddings.shape
+        return f"Embeddings({n:,} images of {len(self.class_names):,} classes, {d:,} numbers each)"
 
     def class_of(self, row: int) -> str:
         "The class name of a row, '' where there are no classes."
@@ -202,8 +210,8 @@ class Embeddings:
 
     def save(self, path: str | Path) -> Path:
         "Write an .npz, completely or not at all."
-        arrays = dict(embeddings=self.embeddings, files=np.array(self.files, str), class_names=np.array(self.class_names, str),
-                      provenance=np.array(json.dumps(self.provenance)))
+        arrays = dict(embeddings=self.embeddings, files=np.array(self.files, str),
+                      class_names=np.array(self.class_names, str), provenance=np.array(json.dumps(self.provenance)))
         if self.labels is not None: arrays["labels"] = self.labels
         np.savez(buffer := BytesIO(), **arrays)
         return write_atomic(path, buffer.getvalue())
@@ -211,13 +219,13 @@ class Embeddings:
 def read_embeddings(path: str | Path) -> Embeddings:
     "Read what `Embeddings.save` wrote; ValueError says what is wrong with a file that is something else."
     path = Path(path).expanduser()
-    if not path.is_file(): raise MissingData(f"{path} is not there: `dml-companion embed FOLDER -o {path.name}` makes it")
+    if not path.is_file(): raise MissingData(f"{path} is not there: make it with `dml-companion embed`")
     try:
         with np.load(path, allow_pickle=False) as f:
-            labels = f["labels"] if "labels" in f else None
-            return Embeddings(f["embeddings"], f["files"].tolist(), labels, f["class_names"].tolist(), json.loads(str(f["provenance"])))
+            labels, story = f["labels"] if "labels" in f else None, json.loads(str(f["provenance"]))
+            return Embeddings(f["embeddings"], f["files"].tolist(), labels, f["class_names"].tolist(), story)
     except (KeyError, ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{path} is no sound file of embeddings ({e}): make it again with `dml-companion embed`") from e
+        raise ValueError(f"{path} is no sound file of embeddings ({e}): make it with `dml-companion embed`") from e
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c22
 PIECE = 256 # images
@@ -238,18 +246,21 @@ def embed_photos(photos: Photos | str | Path, # as listed by `open_photos`, or t
         for i, names in enumerate(todo):
             piece = Path(pieces) / f"{i:06d}.npz" if pieces else None
             z, broken = read_piece(piece) or embed_piece(photos, names, model, skip_broken, where, piece)
-            if broken and not skip_broken: read_photos(photos, list(broken), model.spec["size"])       # raises
+            if broken and not skip_broken: read_photos(photos, list(broken), model.spec["size"])     # raises
             found.append(z); skipped |= broken
             bar.update(len(names))
-    if len(skipped) == len(photos.names): raise BrokenImage(f"none of the {len(skipped)} images in {photos.files.where} can be read")
+    if len(skipped) == len(photos.names):
+        raise BrokenImage(f"none of the {len(skipped)} images in {photos.files.where} can be read")
     photos = only(photos, np.array([n not in skipped for n in photos.names]))
-    return Embeddings(np.concatenate(found), photos.names, photos.labels, photos.class_names, story(photos, model, skipped, where))
+    told = story(photos, model, skipped, where)
+    return Embeddings(np.concatenate(found), photos.names, photos.labels, photos.class_names, told)
 
 def embed_piece(photos: Photos, names: Sequence[str], model: Model, skip_broken: bool, device: str,
                 piece: Path | None) -> tuple[np.ndarray, dict[str, str]]: # (m, d) float32, {file: fault}
     "Read and embed some photographs, and keep the result as a piece."
     images, broken = read_photos(photos, names, model.spec["size"], skip_broken)
-    z = embed(model.encoder, images, 64, device).numpy() if len(images) else np.empty((0, model.encoder.dim), np.float32)
+    z = np.empty((0, model.encoder.dim), np.float32)
+    if len(images): z = embed(model.encoder, images, 64, device).numpy()
     if piece:
         np.savez(buffer := BytesIO(), embeddings=z, broken=np.array(json.dumps(broken)))
         write_atomic(piece, buffer.getvalue())
@@ -258,15 +269,17 @@ def embed_piece(photos: Photos, names: Sequence[str], model: Model, skip_broken:
 def read_piece(piece: Path | None) -> tuple[np.ndarray, dict[str, str]] | None: # None: not there, or not whole
     "A piece of an earlier run."
     if not piece or not piece.is_file(): return None
-    with np.load(piece, allow_pickle=False) as f: return f["embeddings"], json.loads(str(f["broken"]))
+    try:
+        with np.load(piece, allow_pickle=False) as f: return f["embeddings"], json.loads(str(f["broken"]))
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile): return None                  # made again
 
 def story(photos: Photos, model: Model, skipped: dict[str, str], device: str) -> dict:
     "How embeddings came about, as plain data."
     from importlib.metadata import version
-    source = dict(path=str(photos.files.where.resolve()), fingerprint=photos.files.fingerprint, left_out=photos.left_out, skipped=skipped)
+    source = dict(path=str(photos.files.where.resolve()), fingerprint=photos.files.fingerprint)
     packages = {p: version(p) for p in ("torch", "numpy", "pillow")} | {"python": platform.python_version()}
-    return dict(format=1, spec=model.spec, digest=model.digest, origin=model.origin, source=source, device=device,
-                versions=packages, made=now())
+    return dict(format=1, spec=model.spec, digest=model.digest, origin=model.origin, device=device, versions=packages,
+                source=source | dict(left_out=photos.left_out, skipped=skipped), made=now())
 
 def embed_to(path: str | Path, # the .npz to write
              photos: Photos, model: Model, **options: Any, # of `embed_photos`
@@ -278,29 +291,33 @@ def embed_to(path: str | Path, # the .npz to write
     pieces = path.with_name(f".{path.name}.{key}.unfinished")
     found = embed_photos(photos, model, pieces=pieces, **options)
     found.save(path)
-    shutil.rmtree(pieces, ignore_errors=True)
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"): shutil.rmtree(old, ignore_errors=True)
     return found
 
 def writable(folder: Path) -> None:
     "Make a folder and try to write to it, before hours of work end in an error; raises OSError, which names it."
     probe = folder / f".probe-{os.getpid()}"
     try: folder.mkdir(parents=True, exist_ok=True); probe.touch(); probe.unlink()
-    except OSError as e: raise OSError(f"cannot write to {folder} ({e.strerror or e}): choose another place with -o") from e
+    except OSError as e: raise OSError(f"cannot write to {folder} ({e.strerror or e}): choose another place") from e
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c25
+CLUSTERING = 10**10 # images x dimensions x classes up to which k-means takes seconds
+
 def judge(found: Embeddings,
-          clustering: bool = True, # also NMI and AMI; they need scikit-learn, and minutes for thousands of classes
+          clustering: bool | None = None, # also NMI and AMI; None: if scikit-learn is there and it takes seconds
          ) -> dict[str, float]: # "cosine/recall@1", ..., "images", "classes", "single" (classes of one image)
     "Retrieval metrics of embedded photographs; ValueError when there are no classes to judge by."
     if found.labels is None:
-        raise ValueError("these photographs have no classes to judge by: put each class into a folder of its own and embed again")
+        raise ValueError("these photographs have no classes to judge by: put each class into a folder and embed again")
     sizes = np.bincount(found.labels)
     if len(sizes) < 2 or (sizes > 1).sum() == 0:
-        raise ValueError(f"{len(found)} images of {len(sizes)} classes, {(sizes == 1).sum()} of them with one image, allow no "
-                         "judgement: two classes are needed, and one of them with two images")
+        raise ValueError(f"{len(found)} images of {len(sizes)} classes, {(sizes == 1).sum()} of them with one image, "
+                         "allow no judgement: two classes are needed, and one of them with two images")
     ks = [k for k in (1, 2, 4, 8) if k < len(found)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # classes of one image are counted below
+        if clustering is None:
+            clustering = bool(find_spec("sklearn")) and found.embeddings.size * len(sizes) <= CLUSTERING
         scores = evaluate(found.embeddings, found.labels, ks=ks, clustering=clustering)
     return scores | dict(images=len(found), classes=len(sizes), single=int((sizes == 1).sum()))
 
@@ -315,10 +332,11 @@ def model_of(found: Embeddings,
         if folder or "model" in origin: model = load_model(folder or origin["model"], spec["size"])
         else: model = named_model(spec["encoder"], spec["size"], None if weights in ("ImageNet", "none") else weights)
     except (FileNotFoundError, ValueError) as e:
-        raise ValueError(f"the encoder that made these embeddings cannot be had: {e}; or name its folder with --model") from e
+        raise ValueError(f"the encoder that made these embeddings is not at hand: {e}; or name it with --model") from e
     if model.digest != found.provenance["digest"]:
-        raise ValueError(f"these embeddings were made by {spec['encoder']} with digest {found.provenance['digest'][:12]}, the encoder "
-                         f"at hand has {model.digest[:12]}: between the two a similarity means nothing. Embed the folder again")
+        theirs, ours = found.provenance["digest"][:12], model.digest[:12]
+        raise ValueError(f"these embeddings were made by {spec['encoder']} with digest {theirs}, the encoder at hand "
+                         f"has {ours}: between the two a similarity means nothing. Embed the folder again")
     return model
 
 class Match(NamedTuple):
@@ -334,24 +352,34 @@ def find_similar(query: str | Path, # an image file
                  k: int = 8, # how many; all, if there are fewer
                 ) -> list[Match]: # nearest first
     "The photographs most like a query by cosine; the query itself, if it is one of them, is left out."
-    query, source = Path(query).expanduser(), Path(found.provenance["source"]["path"])
-    if not query.is_file(): raise MissingData(f"{query} is not there: give an image file as query")
+    query = Path(query).expanduser()
     if k < 1: raise ValueError(f"k must be at least 1, got {k}")
-    try: image = read_photo(Files(query.parent, [query.name], "", lambda _: query.read_bytes()), query.name, model.spec["size"])
-    except BrokenImage as e: raise BrokenImage(f"{query} cannot be read as an image: {e.__cause__}") from e
+    image = read_query(query, model.spec["size"])
     if model.encoder.dim != found.embeddings.shape[1]:
-        raise ValueError(f"the embeddings have {found.embeddings.shape[1]} dimensions, the encoder gives {model.encoder.dim}: "
-                         "they do not belong together, embed the folder again")
+        raise ValueError(f"the embeddings have {found.embeddings.shape[1]} numbers each, the encoder gives "
+                         f"{model.encoder.dim}: they do not belong together, embed the folder again")
+    own = row_of(query, found)
     scores, rows = nearest(embed(model.encoder, image[None].copy()), min(k + 1, len(found)), found.embeddings)
-    pairs = [(s, r) for s, r in zip(scores[0].tolist(), rows[0].tolist()) if (source / found.files[r]).resolve() != query.resolve()]
+    pairs = [(s, r) for s, r in zip(scores[0].tolist(), rows[0].tolist()) if r != own]
     return [Match(r, found.files[r], s, found.class_of(r)) for s, r in pairs[:k]]
+
+def read_query(query: Path, size: int) -> np.ndarray: # (3, size, size) uint8
+    "One image file from anywhere."
+    if not query.is_file(): raise MissingData(f"{query} is not there: give an image file as query")
+    try: return read_photo(Files(query.parent, [query.name], "", lambda _: query.read_bytes()), query.name, size)
+    except BrokenImage as e: raise BrokenImage(f"{query} cannot be read as an image: {e.__cause__}") from e
+
+def row_of(query: Path, found: Embeddings) -> int | None: # None: it is not among them
+    "The row of an image file that was embedded itself."
+    try: return found.files.index(query.resolve().relative_to(found.provenance["source"]["path"]).as_posix())
+    except ValueError: return None
 
 def neighbours(found: Embeddings,
                rows: Sequence[int], # the queries, by row
                k: int = 8,
               ) -> list[list[Match]]: # for each query, nearest first
     "The photographs most like some of their own; each query is left out by its row."
-    z, rows = found.embeddings, np.asarray(rows)
+    z, rows = found.embeddings, np.asarray(rows)                                # (n, d)
     scores, columns = nearest(z[rows], min(k + 1, len(z)), z)
     lists = [[(s, r) for s, r in zip(*pair) if r != q][:k] for q, *pair in zip(rows, scores.tolist(), columns.tolist())]
     return [[Match(r, found.files[r], s, found.class_of(r)) for s, r in row] for row in lists]
@@ -363,8 +391,8 @@ class Tile(NamedTuple):
     caption: str
     mark: str # "query", "hit", "miss", or "" where there are no classes
 
-FRAMES = {"query": ("#000000", "-", 1.2, ""), "hit": ("#009E73", "-", 3., "\u2713 "), "miss": ("#D55E00", ":", 2.5, "\u2717 "),
-          "": ("#999999", "-", .8, "")} # colour, line, width, sign
+FRAMES = {"query": ("#000000", "-", 1.2, ""), "hit": ("#009E73", "-", 3., "\u2713 "),
+          "miss": ("#D55E00", ":", 2.5, "\u2717 "), "": ("#999999", "-", .8, "")} # colour, line, width, sign
 
 def contact_sheet(rows: Sequence[Sequence[Tile]], # a query and its neighbours in each
                   title: str = "",
@@ -396,7 +424,8 @@ def tiles(query: Tile, matches: Sequence[Match],
          ) -> list[Tile]: # one row of a sheet
     "A query and what was found, read again from the photographs."
     mark = lambda m: "" if not wanted else "hit" if m.class_name == wanted else "miss"
-    return [query] + [Tile(read_photo(files, m.file, side), f"{m.similarity:.2f} {m.class_name}", mark(m)) for m in matches]
+    told = lambda m: f"{m.similarity:.2f} {m.class_name or Path(m.file).name}"
+    return [query] + [Tile(read_photo(files, m.file, side), told(m), mark(m)) for m in matches]
 
 def random_sheet(found: Embeddings,
                  queries: int = 6, # rows of the sheet
@@ -406,20 +435,39 @@ def random_sheet(found: Embeddings,
                 ) -> "matplotlib.figure.Figure": # noqa: F821
     "Random photographs and their nearest ones."
     files = source_files(found, root)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(found))[:queries])
-    named = lambda r: found.class_of(r) or Path(found.files[r]).name
-    rows = [tiles(Tile(read_photo(files, found.files[q], 128), named(q), "query"), matches, found.class_of(q) or None, files)
-            for q, matches in zip(chosen, neighbours(found, chosen, k))]
-    return contact_sheet(rows, f"{len(rows)} random photographs (left) and their {k} nearest of {len(found):,}, cosine of "
-                               f"{found.provenance['spec']['encoder']} at {found.provenance['spec']['size']} px")
+    chosen = spread(found, np.random.default_rng(seed).permutation(len(found)))[:queries]
+    def row(q, matches):
+        name, wanted = Path(found.files[q]).name, found.class_of(q) or None
+        return tiles(Tile(read_photo(files, found.files[q], 128), wanted or name, "query"), matches, wanted, files)
+    rows, spec = [row(*pair) for pair in zip(chosen, neighbours(found, chosen, k))], found.provenance["spec"]
+    return contact_sheet(rows, f"{len(rows)} random photographs (left) and their {len(rows[0]) - 1} nearest of "
+                               f"{len(found):,}, cosine of {spec['encoder']} at {spec['size']} px")
+
+def spread(found: Embeddings, order: np.ndarray) -> np.ndarray: # (n,) rows
+    "Rows in a given order, but the first of each class before the second of any."
+    if found.labels is None: return order
+    seen = Counter()
+    turn = [(seen.update([c]), seen[c])[1] for c in found.labels[order].tolist()]
+    return order[np.argsort(turn, kind="stable")]
+
+def query_sheet(query: str | Path, matches: Sequence[Match], found: Embeddings, root: str | Path | None = None,
+               ) -> "matplotlib.figure.Figure": # noqa: F821
+    "A picture and what was found for it; hits and misses are marked if the picture is itself in a class folder."
+    query, files = Path(query).expanduser(), source_files(found, root)
+    own = row_of(query, found)
+    wanted = None if own is None else found.class_of(own) or None
+    return contact_sheet([tiles(Tile(read_query(query, 128), wanted or query.name, "query"), matches, wanted, files)],
+                         f"{query.name} (left) and its {len(matches)} nearest photographs of {len(found):,}")
 
 def source_files(found: Embeddings, root: str | Path | None = None) -> Files:
     "The photographs behind embeddings; `MissingData` when they are not where they were."
     root = Path(root or found.provenance["source"]["path"]).expanduser()
     try: files = open_photos(root).files
-    except (MissingData, ValueError) as e: raise MissingData(f"the photographs are not at {root} any more: name their folder with --photos") from e
-    gone = set(found.files) - set(files.names)
-    if gone: raise MissingData(f"{root} lacks {len(gone)} of the {len(found)} photographs, e.g. {min(gone)}: name another folder with --photos")
+    except (MissingData, ValueError) as e:
+        raise MissingData(f"the photographs are not at {root} any more: name their folder with --photos") from e
+    if gone := set(found.files) - set(files.names):
+        raise MissingData(f"{root} lacks {len(gone)} of the {len(found)} photographs, e.g. {min(gone)}: name another "
+                          "folder with --photos")
     return files
 
 def save_sheet(fig: "matplotlib.figure.Figure", path: str | Path) -> Path: # noqa: F821
@@ -448,7 +496,7 @@ def needs_pairs(cls: type[Objective]) -> bool:
     "Does a loss own no vectors of classes, so that its batches must hold several images of a class?"
     return not cls.param_kind
 
-RATES = {"classes": .002, "pairs": .01} # learning rates that did well on validation classes of photographs
+RATES = {"classes": .002, "pairs": .01, "contrastive": .003} # did well on validation classes, batches of 64
 
 def photo_recipe(sizes: np.ndarray, # images of each training class
                  objective: str = "cross_entropy",
@@ -456,8 +504,8 @@ def photo_recipe(sizes: np.ndarray, # images of each training class
                  encoder: str = "efficientnet_lite0",
                  size: int = 128, # side in pixels
                  epochs: int = 4,
-                 lr: float | None = None, # None: 0.002, or 0.01 for losses over pairs; 0.1 for a net without pretraining
-                 batch_size: int = 64, # at most
+                 lr: float | None = None, # None: one of RATES, or 0.1 for a net without pretraining
+                 batch_size: int = 64, # at most, if two images of two classes fit
                  flip: bool = True, # mirror half of the images; not for writing
                  **fields: Any, # any other of `Recipe`
                 ) -> Recipe:
@@ -465,16 +513,17 @@ def photo_recipe(sizes: np.ndarray, # images of each training class
     pairs = needs_pairs(find_objective(objective, objective_options or {}))
     n, pretrained = int(sizes.sum()), encoder in PRETRAINED
     if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if n < 4 or len(sizes) < 2: raise ValueError(f"{n} images of {len(sizes)} classes are too few to train on: 4 of 2 are needed")
+    if n < 4 or len(sizes) < 2: raise ValueError(f"{n} images of {len(sizes)} classes are too few to train on")
     if pairs:
-        per_class = int(min(4, sizes.min()))
+        per_class = int(min(4, sizes.min(), max(2, batch_size // 2)))
         classes = min(max(2, batch_size // per_class), max(2, len(sizes) // 2))
         batches = dict(sampler="balanced", per_class=per_class, batch_size=classes * per_class)
     else: batches = dict(batch_size=max(2, min(batch_size, n // 4)))
     steps = epochs * max(1, n // batches["batch_size"])
-    known = dict(dataset="folder", encoder=encoder, pretrained=pretrained, size=size, objective=objective,
+    lr = lr or (RATES.get(objective, RATES["pairs" if pairs else "classes"]) if pretrained else .1)
+    known = dict(dataset="folder", encoder=encoder, pretrained=pretrained, size=size, objective=objective, lr=lr,
                  objective_options=objective_options or {}, epochs=epochs, warmup=min(100, steps // 5),
-                 lr=lr or (RATES["pairs" if pairs else "classes"] if pretrained else .1), augment=Augment(crop_scale=(.4, 1.), flip=flip))
+                 augment=Augment(crop_scale=(.4, 1.), flip=flip))
     return Recipe(**known | batches | fields)
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c37
@@ -496,13 +545,15 @@ def photo_dataset(photos: Photos, # with classes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # Pillow's remarks about odd metadata
         pack = ensure_pack(source, None, progress)
-    data = assemble("folder", Sides(pack, np.flatnonzero(~test), np.flatnonzero(test), None, flip, dict(size=size)))
+    sides = Sides(pack, np.flatnonzero(~test), np.flatnonzero(test), None, flip, dict(size=size))
+    data = assemble("folder", sides)
     alone = np.flatnonzero(np.bincount(data.train.labels) == 1) if pairs else []
     if not len(alone): return data, []
     rest = np.setdiff1d(np.arange(data.train.num_classes), alone)
     if not len(rest): raise ValueError("all training classes have one image: a loss over pairs cannot learn from them")
     names = [data.train.class_names[c] for c in alone]
-    return replace(data, train=take_classes(data.train, rest), digest=sha256_json([data.digest, "without", names])), names
+    digest = sha256_json([data.digest, "without", names])
+    return replace(data, train=take_classes(data.train, rest), digest=digest), names
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c38
 def train_photos(root: str | Path | Photos, # the folder
@@ -516,26 +567,32 @@ def train_photos(root: str | Path | Photos, # the folder
                  progress: bool = False, # show bars
                  **choices: Any, # of `photo_recipe`
                 ) -> dict: # what model.json holds: recipe, data, before, after, history, summary
-    "Fine-tune an encoder on a folder, judge it on unseen classes before and after, and save it; a finished model is kept."
+    "Fine-tune an encoder on a folder, judge it on unseen classes before and after, save it; a finished model is kept."
     folder, photos = Path(folder).expanduser(), root if isinstance(root, Photos) else open_photos(root)
-    writable(folder)
     size, cls, skipped = choices.get("size", 128), find_objective(objective, choices.get("objective_options") or {}), {}
+    writable(folder)
     if skip_broken: photos, skipped = sound(photos, size)
     data, aside = photo_dataset(photos, size, split, choices.get("flip", True), needs_pairs(cls), progress)
     recipe = photo_recipe(np.bincount(data.train.labels), objective, **{"threads": torch.get_num_threads()} | choices)
     run = dict(recipe=recipe.model_dump(mode="json"), seed=seed, digest=data.digest)
+    if weights: run["weights"] = file_digest(weights)
     if (done := finished(folder, run)): return done
+    before = judge_split(untrained(recipe, seed, weights), data.query, device)
+    make = partial(cls, **recipe.objective_options)
+    result = fit(recipe, data, make, seed, folder / "training", device, progress, weights=weights)
+    facts = dict(source=photos.files.where.name, train_images=len(data.train), unseen_images=len(data.query),
+                 train_classes=data.train.class_names + aside, unseen_classes=data.query.class_names, set_aside=aside,
+                 skipped=skipped, left_out=photos.left_out)
     spec = dict(encoder=recipe.encoder, size=size, dim=recipe.dim, norm=recipe.norm, options=recipe.encoder_options)
-    query = lambda encoder: judge(Embeddings(embed(encoder, data.query, 64, pick_device(device)).numpy(), [""] * len(data.query),
-                                             data.query.labels, data.query.class_names, {}))
-    before = query(untrained(recipe, seed, weights))
-    result = fit(recipe, data, partial(cls, **recipe.objective_options), seed, folder / "training", device, progress, weights=weights)
-    facts = dict(source=photos.files.where.name, train_classes=data.train.class_names + aside, unseen_classes=data.query.class_names,
-                 train_images=len(data.train), unseen_images=len(data.query), set_aside=aside, skipped=skipped, left_out=photos.left_out)
-    save_model(folder, result.encoder, spec, run=run, data=facts, before=before, after=query(result.encoder), history=result.history,
-               summary=result.summary, made=now())
+    save_model(folder, result.encoder, spec, run=run, data=facts, before=before, made=now(), history=result.history,
+               after=judge_split(result.encoder, data.query, device), summary=result.summary)
     shutil.rmtree(folder / "training", ignore_errors=True)
     return finished(folder, run)
+
+def judge_split(encoder: Encoder, split: Split, device: str) -> dict[str, float]: # as `judge`
+    "Retrieval metrics of an encoder on a split."
+    z = embed(encoder, split, 64, pick_device(device)).numpy()
+    return judge(Embeddings(z, [""] * len(split), split.labels, split.class_names, {}))
 
 def sound(photos: Photos, size: int) -> tuple[Photos, dict[str, str]]: # the readable ones, {file: fault}
     "Leave out the photographs that cannot be read."
@@ -547,8 +604,10 @@ def finished(folder: Path, run: dict) -> dict | None: # what model.json holds; N
     "A model that is there already, if it is this run's; ValueError if it is another's."
     if not (folder / "model.json").exists(): return None
     model = load_model(folder)
-    if model.info.get("run") != json.loads(json.dumps(run)):
-        raise ValueError(f"{folder} holds another model (other photographs, recipe or seed): choose another folder, or delete it")
+    same = lambda r: json.dumps(r | {"recipe": r["recipe"] | {"threads": 0}}, sort_keys=True)
+    if same(model.info["run"]) != same(run):
+        raise ValueError(f"{folder} holds another model (other photographs, recipe or seed): choose another folder, or "
+                         "delete it")
     return model.info
 
 def untrained(recipe: Recipe, seed: int, weights: str | Path | None = None) -> Encoder:
@@ -567,9 +626,10 @@ def side(photos: Photos,
     "All photographs, those of the training classes, or those of classes that the encoder was not trained on."
     check_known(which, ["all", "train", "unseen"], "side")
     if which == "all": return photos
-    if photos.labels is None: raise ValueError(f"{photos.files.where} has no class folders, so nothing is unseen: leave --which out")
-    trained = model.info.get("data", {}).get("train_classes")
-    unseen = set(photos.class_names) - set(trained) if trained else set(unseen_classes(photos.class_names, split))
-    keep = np.isin(photos.labels, [i for i, c in enumerate(photos.class_names) if (c in unseen) == (which == "unseen")])
-    if not keep.any(): raise ValueError(f"none of the {len(photos.class_names)} classes is {which} for this encoder: try --which all")
+    if photos.labels is None:
+        raise ValueError(f"{photos.files.where} has no class folders, so no class is {which}: leave --which out")
+    names, trained = photos.class_names, model.info.get("data", {}).get("train_classes")
+    unseen = set(names) - set(trained) if trained else set(unseen_classes(names, split))
+    keep = np.isin(photos.labels, [i for i, c in enumerate(names) if (c in unseen) == (which == "unseen")])
+    if not keep.any(): raise ValueError(f"of {len(names)} classes none is {which} for this encoder: try --which all")
     return only(photos, keep)
