@@ -22,7 +22,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(if $(LOCK),-c constraints.txt) -e ".[reproduce,pretrained,dev]"
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),-c constraints.txt) -e ".[reproduce,pretrained,cluster,dev]"
 	touch $(READY)
 
 reproduce: $(READY)

@@ -13,7 +13,7 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py
 SETTINGS = configparser.ConfigParser(interpolation=None)
 SETTINGS.read(ROOT / "settings.ini")
 SETTINGS = SETTINGS["DEFAULT"]
-EXTRAS = ("reproduce", "pretrained", "dev")
+EXTRAS = ("reproduce", "pretrained", "cluster", "dev")
 
 
 def name(p): return str(p.relative_to(ROOT))
