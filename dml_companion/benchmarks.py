@@ -14,9 +14,10 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from . import datasets
-from .datasets import (MAX_RATIO, PACK_FORMAT, BadArchive, BrokenPack, Dataset, Files, MissingData, Pack, Sides,
-                                    Source, cache_folder, dataset, known_datasets, missing, open_pack, read_image,
-                                    refuse, sha256_json, unsafe_member, verify_pack, zip_files)
+from .datasets import (FOLDER_HELP, GROCERY_HELP, MAX_RATIO, OMNIGLOT_HELP, PACK_FORMAT, BadArchive,
+                                    BrokenPack, Dataset, Files, MissingData, Pack, Sides, Source, cache_folder, dataset,
+                                    known_datasets, missing, open_pack, read_image, refuse, sha256_json, unsafe_member,
+                                    verify_pack, zip_files)
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'ARCHIVES', 'CUB', 'SOP', 'LAYOUTS', 'FOLDERS', 'FACTS', 'ANNOTATION', 'TRAIN', 'QUERY', 'GALLERY',
@@ -25,7 +26,7 @@ __all__ = ['OFFICIAL', 'ARCHIVES', 'CUB', 'SOP', 'LAYOUTS', 'FOLDERS', 'FACTS', 
            'Place', 'folder_place', 'archive_place', 'place', 'joined', 'Census', 'counts', 'check', 'squeezed',
            'pack_census', 'rows', 'number', 'cub', 'read_mat', 'car_rows', 'cars_census', 'cars196', 'sop',
            'inshop_census', 'inshop', 'NotPrepared', 'packs_on_disk', 'standing_pack', 'watching', 'Prepared',
-           'prepare', 'verify', 'Line', 'inventory']
+           'prepare', 'verify', 'Line', 'inventory', 'pack_bytes', 'card']
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c05
 class Counts(NamedTuple):
@@ -90,34 +91,48 @@ FOLDERS = {"cub": (), "cars196": ("CARS_196", "stanford_cars"), "sop": (),
            "inshop": ("InShop", "In-shop Clothes Retrieval Benchmark")} # names that others give to DML_DATA/<name>
 
 class Facts(NamedTuple):
-    "What a reader wants to know of a set; nothing is computed from it."
+    "What a reader wants to know of a set; nothing is computed from it but what the list shows."
     page: str
     licence: str
     images: int # 0: depends on what one has
     classes: int
-    download: str # what to fetch
+    download: str = "nothing" # what to fetch, and how large it is
     help: str = "" # how it must lie
+    md5: dict[str, str] = {} # of the official archives, as other projects quote them
+    channels: int = 3
+    size: int = 256 # default side of the packed images
 
 FACTS: dict[str, Facts] = {
-    "cub": Facts("https://www.vision.caltech.edu/datasets/cub_200_2011/", "see the page; photographs belong to their authors",
-                 11788, 200, "CUB_200_2011.tgz, 1.15 GB", """    DML_DATA/cub/CUB_200_2011.tgz   or unpacked:
-    DML_DATA/cub/CUB_200_2011/{images.txt, image_class_labels.txt, classes.txt, images/}"""),
-    "cars196": Facts("https://ai.stanford.edu/~jkrause/cars/car_dataset.html", "see the page (it has been offline since 2023)",
-                     16185, 196, "car_ims.tgz and cars_annos.mat, about 2 GB", """    DML_DATA/cars196/{cars_annos.mat, car_ims.tgz or car_ims/}   or the other official layout:
+    "cub": Facts(
+        "https://data.caltech.edu/records/65de6-vp158", "see the page; the photographs are their authors'", 11788, 200,
+        "CUB_200_2011.tgz (1.15 GB)", """    DML_DATA/cub/CUB_200_2011.tgz   or unpacked:
+    DML_DATA/cub/CUB_200_2011/{images.txt, image_class_labels.txt, classes.txt, images/}""",
+        {"CUB_200_2011.tgz": "97eceeb196236b17998738112f37df78"}),
+    "cars196": Facts(
+        "https://ai.stanford.edu/~jkrause/cars/car_dataset.html", "see the page, which has been offline since 2023",
+        16185, 196, "car_ims.tgz (about 2 GB) and cars_annos.mat",
+        """    DML_DATA/cars196/{cars_annos.mat, car_ims.tgz or car_ims/}   or the other official layout:
     DML_DATA/cars196/{devkit/ or car_devkit.tgz, cars_test_annos_withlabels.mat (here or in devkit/),
-                      cars_train/ or cars_train.tgz, cars_test/ or cars_test.tgz}"""),
-    "sop": Facts("https://cvgl.stanford.edu/projects/lifted_struct/", "see the page; photographs belong to their sellers",
-                 120053, 22634, "Stanford_Online_Products.zip, about 3 GB", """    DML_DATA/sop/Stanford_Online_Products.zip   or unpacked:
-    DML_DATA/sop/Stanford_Online_Products/{Ebay_train.txt, Ebay_test.txt, bicycle_final/, ...}"""),
-    "inshop": Facts("https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html",
-                    "non-commercial research and education", 52712, 7982, "Img/img.zip and Eval/list_eval_partition.txt",
-                    """    DML_DATA/inshop/Eval/list_eval_partition.txt   (or beside Img/)
+                      cars_train/ or cars_train.tgz, cars_test/ or cars_test.tgz}""",
+        {"car_ims.tgz": "d5c8f0aa497503f355e17dc7886c3f14", "cars_annos.mat": "b407c6086d669747186bd1d764ff9dbc"}),
+    "sop": Facts(
+        "https://cvgl.stanford.edu/projects/lifted_struct/", "see the page; the photographs are their sellers'",
+        120053, 22634, "Stanford_Online_Products.zip (about 3 GB)",
+        """    DML_DATA/sop/Stanford_Online_Products.zip   or unpacked:
+    DML_DATA/sop/Stanford_Online_Products/{Ebay_train.txt, Ebay_test.txt, bicycle_final/, ...}""",
+        {"Stanford_Online_Products.zip": "7f73d41a2f44250d4779881525aea32e"}),
+    "inshop": Facts(
+        "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html",
+        "non-commercial research and education", 52712, 7982, "Img/img.zip and Eval/list_eval_partition.txt",
+        """    DML_DATA/inshop/Eval/list_eval_partition.txt   (or beside Img/)
     DML_DATA/inshop/Img/img.zip   or unpacked:   DML_DATA/inshop/Img/img/"""),
-    "glyphs": Facts("DejaVu fonts inside matplotlib", "Bitstream Vera; DejaVu's changes: public domain", 18165, 1555, "nothing"),
+    "glyphs": Facts("the DejaVu fonts inside matplotlib", "Bitstream Vera; DejaVu's changes: public domain",
+                    18165, 1555, channels=1, size=32),
     "omniglot": Facts("https://github.com/brendenlake/omniglot", "MIT", 32460, 1623,
-                      "images_background.zip and images_evaluation.zip, 17 MB"),
-    "grocery": Facts("https://github.com/marcusklasson/GroceryStoreDataset", "MIT", 5421, 81, "scaled to 128 px, see 01_datasets"),
-    "folder": Facts("your own images: --data FOLDER", "yours", 0, 0, "nothing")}
+                      "images_background.zip and images_evaluation.zip (14 MB)", OMNIGLOT_HELP, channels=1, size=32),
+    "grocery": Facts("https://github.com/marcusklasson/GroceryStoreDataset", "MIT", 5421, 81,
+                     "the images, scaled to 128 px (35 MB)", GROCERY_HELP, size=128),
+    "folder": Facts("your own images: --data FOLDER", "yours", 0, 0, help=FOLDER_HELP, size=128)}
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c10
 class Found(NamedTuple):
@@ -128,14 +143,14 @@ class Found(NamedTuple):
 
 def look(name: str, root: Path | None) -> Found:
     "Which parts of a set are there; of several layouts and places the one with the fewest parts missing."
-    places = [root / name, *(root / f for f in FOLDERS.get(name, ())), root] if root else []
+    places = [b / f for b in (root / name, root) for f in (*FOLDERS.get(name, ()), "")] if root else []
     tried = [Found({p.label: next((b / q for q in p.paths if (b / q).exists()), None) for p in layout})
              for b in places for layout in LAYOUTS[name]]
     nothing = Found({p.label: None for p in LAYOUTS[name][0]})
     return min([*tried, nothing], key=lambda f: (len(f.lacking), len(f.lacking) == len(f.parts)))
 
 def find(name: str, root: Path | None) -> list[Path]: # one for each part
-    "Where the parts of a benchmark lie; raises `MissingData`, which says what is there, what is not, and what to fetch."
+    "Where the parts of a benchmark lie; `MissingData` says what is there, what is not, and what to fetch."
     found, facts = look(name, root), FACTS[name]
     if not found.lacking: return list(found.parts.values())
     have = ", ".join(p.name for p in found.parts.values() if p)
@@ -214,7 +229,8 @@ ANNOTATION = re.compile(r"(^|/)(images|image_class_labels|classes|Ebay_train|Eba
 def tar_files(path: Path, cache: str | Path | None = None, progress: bool = True) -> Files:
     "The files of a tar archive (.tgz, .tar.gz, .tar); it is unpacked when first needed. Raises `BadArchive`."
     home, lock, stores = cache_folder(cache), threading.Lock(), []
-    (home / ".locks").mkdir(parents=True, exist_ok=True)
+    try: (home / ".locks").mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(f"cannot write to {home} ({e}): name a folder with cache= or DML_CACHE") from e
     def open_store():
         store, listing = unpack(path, home, lambda n: bool(ANNOTATION.search(n)), progress)
         stores.append(store)
@@ -258,7 +274,8 @@ def archive_place(path: Path, stem: str, # the folder that the archive stands fo
     every = zip_files(path) if path.suffix == ".zip" else tar_files(path, cache, progress)
     prefix = f"{stem}/" if any(n.startswith(f"{stem}/") for n in every.names) else ""
     known, read = set(every.names), lambda name: every.read(prefix + name)
-    return Place(path, read, lambda names: Files(path, [n for n in names if prefix + n in known], every.fingerprint, read))
+    def files(names): return Files(path, [n for n in names if prefix + n in known], every.fingerprint, read)
+    return Place(path, read, files)
 
 def place(path: Path, # as `find` gives it: a folder, a file that marks one, or an archive
           stem: str, cache: str | Path | None, progress: bool) -> Place:
@@ -270,13 +287,13 @@ def place(path: Path, # as `find` gives it: a folder, a file that marks one, or 
 def joined(places: dict[str, Place], # first part of a name -> where it lies
           ) -> Place:
     "Several places as one."
-    def split(name): return places[name.split("/", 1)[0]], name.split("/", 1)[1]
-    def read(name): at, rest = split(name); return at.read(rest)
+    where = next(iter(places.values())).where.parent
+    def read(name): first, rest = name.split("/", 1); return places[first].read(rest)
     def files(names):
         each = {k: p.files([n[len(k) + 1:] for n in names if n.startswith(f"{k}/")]) for k, p in places.items()}
         there = [f"{k}/{n}" for k, f in each.items() for n in f.names]
-        return Files(next(iter(places.values())).where.parent, there, sha256_json([f.fingerprint for f in each.values()]), read)
-    return Place(next(iter(places.values())).where.parent, read, files)
+        return Files(where, there, sha256_json([f.fingerprint for f in each.values()]), read)
+    return Place(where, read, files)
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c18
 TRAIN, QUERY, GALLERY = range(3)
@@ -359,7 +376,7 @@ def number(text: str, what: str, low: int, high: int) -> int:
         raise WrongData(f"{what} {text!r} is not a number from {low} to {high}")
     return int(text)
 
-@dataset("cub", "birds: 100 species to train on, 100 unseen (CUB-200-2011); fetch it from the official page", 256)
+@dataset("cub", "birds: 100 species to train on, 100 unseen (CUB-200-2011); fetch it", 256)
 def cub(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
         stretch: bool = False, # squeeze images into a square; False: scale the short side, crop the centre
        ) -> Sides:
@@ -379,11 +396,13 @@ def read_mat(place: Place, name: str) -> dict[str, Any]: # variables as plain Py
     "A Matlab file by scipy; raises `MissingData`, `WrongData`, and `ModuleNotFoundError` without scipy."
     try: from scipy.io import loadmat
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError(f"{name} needs scipy to be read: pip install 'dml_companion[reproduce]'", name="scipy") from e
+        what = f"{name} needs scipy to be read: pip install 'dml_companion[reproduce]'"
+        raise ModuleNotFoundError(what, name="scipy") from e
     try: data = place.read(name)
     except (OSError, KeyError) as e: raise MissingData(f"{place.where} lacks {name}: fetch it again") from e
     try: return loadmat(io.BytesIO(data), simplify_cells=True)
-    except Exception as e: raise WrongData(f"{name} in {place.where} is no sound Matlab file ({e}): fetch it again") from e
+    except Exception as e: # scipy raises anything from ValueError to TypeError
+        raise WrongData(f"{name} in {place.where} is no sound Matlab file ({e}): fetch it again") from e
 
 def car_rows(place: Place, name: str, column: str, # the field with the file name
             ) -> list[tuple[str, int]]: # (file, class from 1)
@@ -415,7 +434,7 @@ def cars_census(root: Path | None, cache: str | Path | None, progress: bool) -> 
     side = np.where(y < OFFICIAL["cars196"].train_classes, TRAIN, QUERY)
     return Census(at, [n for n, _ in images], y, names, side)
 
-@dataset("cars196", "cars: 98 models to train on, 98 unseen (Stanford Cars); fetch it from the official page", 256)
+@dataset("cars196", "cars: 98 models to train on, 98 unseen (Stanford Cars); fetch it", 256)
 def cars196(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
             stretch: bool = True, # squeeze images into a square, as the official code does; False: centre crop
            ) -> Sides:
@@ -423,7 +442,7 @@ def cars196(root: Path | None, size: int, cache: str | Path | None, progress: bo
     return pack_census("cars196", cars_census(root, cache, progress), size, cache, progress, stretch)
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c30
-@dataset("sop", "online products: 11,318 to train on, 11,316 unseen (Stanford Online Products); from the official page", 256)
+@dataset("sop", "online products: 11,318 to train on, 11,316 unseen (Stanford Online Products); fetch it", 256)
 def sop(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
         stretch: bool = True, # squeeze images into a square, as the official code does; False: centre crop
        ) -> Sides:
@@ -456,7 +475,7 @@ def inshop_census(root: Path | None, cache: str | Path | None, progress: bool) -
     return Census(at, [n.removeprefix("img/") for n, _, _ in found], np.array([order[c] for _, c, _ in found]),
                   list(order), np.array([sides[s] for _, _, s in found]))
 
-@dataset("inshop", "clothes: 3,997 garments to train on, 3,985 unseen with a gallery (In-Shop); from the official page", 256)
+@dataset("inshop", "clothes: 3,997 garments to train on, 3,985 unseen, with a gallery (In-Shop); fetch it", 256)
 def inshop(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
            stretch: bool = True, # squeeze images into a square, as the official code does; False: centre crop
           ) -> Sides:
@@ -543,3 +562,17 @@ def inventory(root: str | Path | None = None, cache: str | Path | None = None) -
         words = [f"missing {', '.join(lacking)}"] if lacking else ["there"] if not ready else []
         return ", ".join(words + [f"pack ready ({', '.join(map(str, ready))} px)"] * bool(ready))
     return [Line(name, state(name), FACTS[name]) for name in known_datasets()]
+
+def pack_bytes(facts: Facts, size: int | None = None) -> int:
+    "How large a set's pack is, by default at its default size."
+    return facts.images * facts.channels * (size or facts.size) ** 2
+
+def card(line: Line) -> str:
+    "All that is known of a set, as text."
+    facts = line.facts
+    counts = OFFICIAL.get(line.name, f"{facts.images:,} images of {facts.classes:,} classes")
+    rows = {"state": line.state, "page": facts.page, "licence": facts.licence, "counts": counts if facts.images else "",
+            "download": facts.download, "md5": "\n          ".join(f"{md5}  {file}" for file, md5 in facts.md5.items()),
+            "pack": f"{pack_bytes(facts) / 1e9:.2g} GB at {facts.size} px" if facts.images else ""}
+    layout = f"layout\n{facts.help}" if facts.help else ""
+    return "\n".join(filter(None, [line.name, *(f"{k:9} {v}" for k, v in rows.items() if v), layout]))

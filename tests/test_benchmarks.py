@@ -121,6 +121,38 @@ def test_a_tree_is_refused_unless_its_counts_are_right(name, tmp_path):
     opened(name, root)
     with pytest.raises(WrongData): load(name, root, size=16, cache=root / "packs", progress=False)   # the hook is over
 
+class Decoding(Exception): "The next step would be to decode."
+
+def spread(images, classes): # class of each image, sizes as equal as can be
+    return np.sort(np.arange(images) % classes)
+
+def full_cub():
+    names = [f"{c:03}.B/{i}.jpg" for i, c in enumerate(np.concatenate([spread(5864, 100) + 1, spread(5924, 100) + 101]))]
+    return {"classes.txt": "".join(f"{c} {c:03}.B\n" for c in range(1, 201)), "images.txt": "".join(f"{i} {n}\n" for i, n in enumerate(names)),
+            "image_class_labels.txt": "".join(f"{i} {int(n[:3])}\n" for i, n in enumerate(names))}, [f"images/{n}" for n in names]
+
+def full_inshop():
+    rows = [(c, s) for s, n, k, first in (("train", 25882, 3997, 0), ("query", 14218, 3985, 3997), ("gallery", 12612, 3985, 3997)) for c in spread(n, k) + first]
+    names = [f"img/WOMEN/Tees/id_{c:08}/{i}.jpg" for i, (c, _) in enumerate(rows)]
+    return f"{len(rows)}\nimage_name item_id evaluation_status\n" + "".join(f"{n} id_{c:08} {s}\n" for n, (c, s) in zip(names, rows)), names
+
+def test_the_official_counts_pass_without_help(tmp_path, monkeypatch):
+    "Full-sized lists, empty images: everything but the decoding."
+    def stop(source, cache, progress): sizes.append((source.name, len(source.labels), len(source.class_names))); raise Decoding
+    sizes = []
+    monkeypatch.setattr(D, "ensure_pack", stop)
+    notes, names = full_cub()
+    with zipfile.ZipFile(tmp_path / "CUB_200_2011.zip", "w") as z:
+        for n, text in notes.items(): z.writestr(f"CUB_200_2011/{n}", text)
+        for n in names: z.writestr(f"CUB_200_2011/{n}", b"")
+    text, names = full_inshop()
+    grow(tmp_path, {"inshop/list_eval_partition.txt": text})
+    with zipfile.ZipFile(tmp_path / "inshop/img.zip", "w") as z:
+        for n in names: z.writestr(n, b"")
+    for name in ("cub", "inshop"):
+        with pytest.raises(Decoding): load(name, tmp_path)
+    assert sizes == [("cub", 11788, 200), ("inshop", 52712, 7982)]
+
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("below", ["", "own"])
 def test_folders(name, below, tmp_path):
@@ -496,6 +528,17 @@ def test_the_list(tmp_path):
     code, text = command("data", "list", "--data", root, "--cache", tmp_path / "packs")
     assert "pack ready" not in text                                   # twelve images are not CUB
     assert not (tmp_path / "packs/listings").exists()                 # no archive was opened
+
+@pytest.mark.parametrize("name", sorted(B.FACTS))
+def test_all_about_one_set(name, tmp_path):
+    code, text = command("data", "list", name, "--data", tmp_path, "--cache", tmp_path)
+    facts = B.FACTS[name]
+    assert code == 0 and facts.page in text and facts.licence in text and facts.help in text
+    for file, md5 in facts.md5.items(): assert f"{md5}  {file}" in text
+    if name in B.OFFICIAL: assert str(B.OFFICIAL[name]) in text
+    if facts.images: assert f"{B.pack_bytes(facts) / 1e9:.2g} GB at {D.DATASETS[name].size} px" in text   # the size `load` takes
+    code, text = command("data", "list", name[:-1] + "_")
+    assert code == 2 and f"did you mean {name!r}" in text
 
 def test_a_folder_of_ones_own_is_prepared_and_verified_too(tmp_path):
     root = grow(tmp_path / "pets", {f"{c}/{i}.jpg": photo(i) for c in ("cat", "dog") for i in range(3)})
