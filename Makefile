@@ -1,4 +1,5 @@
 # make reproduce            the quick profile: train, tabulate, draw (PROFILE=omniglot picks another)
+# make tune                 the search behind a profile's hyper-parameters, the same budget for every objective
 # make test                 the whole test suite, smoke profile included
 # make lab                  read the notebooks in JupyterLab
 # make bench                losses and retrieval against their floors and pytorch-metric-learning
@@ -12,7 +13,7 @@ ARGS    ?=
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 
-.PHONY: setup reproduce status test lab bench export clean clean-runs
+.PHONY: setup reproduce tune status test lab bench export clean clean-runs
 .DEFAULT_GOAL := reproduce
 
 setup: $(READY)
@@ -28,6 +29,9 @@ $(READY): pyproject.toml
 reproduce: $(READY)
 	$(BIN)/dml-companion reproduce --profile $(PROFILE) $(ARGS)
 
+tune: $(READY)
+	$(BIN)/dml-companion tune --profile $(PROFILE) $(ARGS)
+
 status: $(READY)
 	$(BIN)/dml-companion status --profile $(PROFILE)
 
@@ -40,8 +44,9 @@ lab: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
-# After editing a notebook: strip outputs, write the package.
+# After editing a notebook: tidy what Jupyter wrote, strip outputs, write the package.
 export: $(READY)
+	$(BIN)/nbdev_clean
 	find nbs -name '*.ipynb' -not -path '*/.*' -exec $(BIN)/nbstripout --keep-id {} +
 	$(BIN)/nbdev_export
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BASIC', 'STATES', 'NO_LOCKS', 'Strict', 'DataChoice', 'Row', 'Task', 'Search', 'bad_range', 'Resources', 'Profile',
            'seeds_of', 'every_seed', 'read_yaml', 'design_points', 'trial_recipe', 'placed', 'with_trials',
-           'profile_names', 'load_profile', 'check_objective', 'checked_recipe', 'checked_recipes', 'Parameter',
-           'annotated', 'parameters_of', 'check_parameters', 'Job', 'train_job', 'labels_of', 'notebook_job', 'beside',
-           'spoilt', 'take_lock', 'is_locked', 'difference', 'predecessor', 'judge', 'Plan', 'refresh', 'data_digests',
-           'check_on_data', 'gpu_count', 'check_notebooks', 'plan', 'records_of']
+           'with_variants', 'profile_names', 'load_profile', 'search_of', 'check_objective', 'checked_recipe',
+           'checked_recipes', 'Parameter', 'annotated', 'parameters_of', 'check_parameters', 'Job', 'train_job',
+           'labels_of', 'notebook_job', 'beside', 'spoilt', 'take_lock', 'is_locked', 'difference', 'predecessor',
+           'judge', 'Plan', 'refresh', 'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks', 'plan',
+           'records_of']
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c02
 import ast, errno, fcntl, os, re, sys
@@ -40,6 +41,7 @@ class Row(Strict):
     recipe: dict[str, Any] = {} # what differs from `base`
     seeds: list[int] | None = None # default: the profile's; a control that has no randomness needs one
     control: bool = False # a reference, not a contestant
+    vary: bool = True # does the profile's `vary` apply to it? Never to a control
 
 
 class Task(Strict):
@@ -98,6 +100,7 @@ class Profile(Strict):
     seeds: list[int] = []
     base: dict[str, Any] = {} # recipe fields that all rows share
     rows: dict[str, Row] = {}
+    vary: dict[str, list] = {} # recipe field -> values: one more row for each row and value, all else as it was
     notebooks: list[Task] = []
     train: str = TRAIN_NOTEBOOK
     resources: Resources = Resources()
@@ -183,7 +186,20 @@ def with_trials(profile: Profile) -> Profile:
             rows[f"{row}_t{k}"] = spec.model_copy(update={"recipe": trial_recipe(spec.recipe, space, point)})
     return profile.model_copy(update={"rows": rows})
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c13
+# %% ../nbs/01_foundations/07_profiles.ipynb #c14
+def with_variants(profile: Profile) -> Profile:
+    "Add `<row>_<field><value>` for each row that may vary and each value of `vary`."
+    rows = {}
+    for row, spec in profile.rows.items():
+        rows[row] = spec
+        for field, value in ((f, v) for f, values in profile.vary.items() for v in values if spec.vary and not spec.control):
+            recipe, name = {**spec.recipe, field: value}, f"{row}_{field}{value}"
+            if name in rows: raise ValueError(f"profile {profile.name!r}: vary gives {name!r} twice")
+            label = f"{spec.label or style_of(row)['label']}, {field.replace('_', ' ')} {value}"
+            rows[name] = spec.model_copy(update={"recipe": recipe, "label": label})
+    return profile.model_copy(update={"rows": rows})
+
+# %% ../nbs/01_foundations/07_profiles.ipynb #c16
 def profile_names(root: Path | None = None) -> list[str]:
     "The profiles that this project has."
     return sorted(p.stem for p in ((root or project_root()) / "workflow/profiles").glob("*.yaml"))
@@ -203,9 +219,21 @@ def load_profile(name: str, # "quick", or the path of a YAML file
     if profile.name != path.stem or not re.fullmatch(r"[\w-]+", profile.name):
         raise ValueError(f"profile {path.name} calls itself {profile.name!r}; "
                          "name and file must agree and have letters, digits, _ and - only")
-    return with_trials(profile)
+    return with_trials(with_variants(profile))
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c16
+# %% ../nbs/01_foundations/07_profiles.ipynb #c18
+def search_of(name: str, # of a profile, or of a search itself
+              root: Path | None = None, # the project
+             ) -> str: # the name of the search profile
+    "The search that a profile's hyper-parameters come from; ValueError when it names none."
+    profile = load_profile(name, root)
+    if profile.search is not None: return name
+    if profile.tuned_by is None: raise ValueError(f"profile {name!r} names no search: give it `tuned_by`, the name of a profile with `search`")
+    if load_profile(profile.tuned_by, root).search is None:
+        raise ValueError(f"profile {name!r} is tuned_by {profile.tuned_by!r}, which has no `search`")
+    return profile.tuned_by
+
+# %% ../nbs/01_foundations/07_profiles.ipynb #c22
 def check_objective(recipe: dict) -> None:
     "Build a recipe's objective once, to see that its name and options are known."
     from dml_companion.objective import locate, options, unknown
@@ -244,7 +272,7 @@ def checked_recipes(profile: Profile) -> dict[str, dict]: # row -> recipe
         if not re.fullmatch(r"\w+", row): refuse(f"row {row!r} names a folder: use letters, digits and _ only")
     return {row: checked_recipe(profile, row) for row in profile.rows}
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c19
+# %% ../nbs/01_foundations/07_profiles.ipynb #c25
 class Parameter(NamedTuple):
     "One name in the parameters cell."
     default: str # as written
@@ -275,7 +303,7 @@ def parameters_of(notebook: str | Path) -> dict[str, Parameter]:
         for name in bound_names(s): found[name] = Parameter(ast.unparse(s.value), () if free else tuple(sorted(kinds)))
     return found
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c20
+# %% ../nbs/01_foundations/07_profiles.ipynb #c26
 def check_parameters(notebook: str | Path, # the file
                      parameters: dict[str, Any], # to be injected
                     ) -> None:
@@ -290,7 +318,7 @@ def check_parameters(notebook: str | Path, # the file
             raise ValueError(f"{name}: parameter {key} = {value!r} is {kind}, but must be {' or '.join(kinds)} "
                              f"(default {known[key].default})")
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c23
+# %% ../nbs/01_foundations/07_profiles.ipynb #c29
 class Job(Strict):
     "One notebook to execute."
     id: str # "train/glyphs/snca/s0-0123456789ab", "notebooks/quick/31_retrieval_table-0123456789ab"
@@ -313,7 +341,7 @@ class Job(Strict):
 
 STATES = ("finished", "running", "failed", "stale", "changed", "interrupted", "missing")
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c24
+# %% ../nbs/01_foundations/07_profiles.ipynb #c30
 def train_job(profile: Profile, row: str, seed: int, recipe: dict, # complete
               data: str, # data digest
               given: dict[str, Any], # parameters data and device
@@ -331,7 +359,7 @@ def labels_of(profile: Profile, rows: list[str] | None) -> dict[str, str]: # row
     "What tables call the rows, in the profile's order."
     return {r: spec.label or style_of(r)["label"] for r, spec in profile.rows.items() if rows is None or r in rows}
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c26
+# %% ../nbs/01_foundations/07_profiles.ipynb #c32
 def notebook_job(task: Task, profile: Profile, trained: list[Job], # the training jobs
                  given: dict[str, Any], # parameters data, device and figures
                  data: str, # digest of the profile's data
@@ -357,7 +385,7 @@ def notebook_job(task: Task, profile: Profile, trained: list[Job], # the trainin
                inputs=records, after=[j.output for j in (*runs, *read)], code=code,
                output=f"runs/notebooks/{id}.ipynb", log=f"runs/logs/{profile.name}/notebooks/{id}.log")
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c32
+# %% ../nbs/01_foundations/07_profiles.ipynb #c38
 def beside(output: str | Path, ending: str) -> Path:
     "The neighbour of an output: `x.ipynb` -> `x.<ending>`."
     return Path(output).with_suffix("." + ending)
@@ -392,7 +420,7 @@ def is_locked(path: Path) -> bool:
     if not path.exists(): return False
     with open(path, "r+" if os.access(path, os.W_OK) else "r") as file: return not take_lock(file)
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c34
+# %% ../nbs/01_foundations/07_profiles.ipynb #c40
 def difference(job: Job, old: Record) -> str:
     "Why a training run's id is not the old one's."
     keys = [k for k in {**old.recipe, **job.recipe} if canonical(old.recipe.get(k)) != canonical(job.recipe.get(k))]
@@ -424,7 +452,7 @@ def judge(job: Job, root: Path, ours: set[Path] = frozenset()) -> tuple[str, str
         return "interrupted", f"after epoch {at.get('epoch', '?')} of {at.get('epochs', '?')}"
     return ("stale", why) if (why := predecessor(job, root, ours)) else ("missing", "")
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c37
+# %% ../nbs/01_foundations/07_profiles.ipynb #c43
 class Plan(Strict):
     "All jobs of a profile, with what the Snakefile must know; lives in `runs/plans/<profile>.json`."
     profile: str
@@ -459,7 +487,7 @@ def refresh(plan: Plan, root: Path) -> Plan:
             left.add(job.output)
     return plan
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c38
+# %% ../nbs/01_foundations/07_profiles.ipynb #c44
 def data_digests(recipes: dict[str, dict], # row -> recipe
                  data: str | None, # folder of the data sets
                  weights: str | None = None, # file of pretrained weights
@@ -511,7 +539,7 @@ def check_notebooks(profile: Profile, recipes: dict[str, dict], given: dict[str,
     for row, recipe in recipes.items():
         check_parameters(root / profile.train, {**recipe, **given, "seed": 0, "row": row, "folder": ""})
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c39
+# %% ../nbs/01_foundations/07_profiles.ipynb #c45
 def plan(profile: Profile | str, # or its name
          data: str | None = None, # folder of the data sets
          device: str = "auto", # auto, cpu, cuda
@@ -546,7 +574,7 @@ def plan(profile: Profile | str, # or its name
                         runs_per_gpu=resources["runs_per_gpu"], threads=resources["threads_per_run"],
                         figures=shown["figures"], minutes=profile.minutes, python=sys.executable), root)
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c41
+# %% ../nbs/01_foundations/07_profiles.ipynb #c47
 def records_of(profile: str, # name of a profile
                data: str | None = None, # folder of the data sets
                root: Path | None = None, # the project

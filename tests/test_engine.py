@@ -237,7 +237,14 @@ def test_code_that_changes_under_a_run_is_not_sealed(root):
     ({"notebooks": [{"notebook": "nbs/table.ipynb", "rows": ["smal"]}]}, "did you mean 'small'"),
     ({"notebooks": [{"notebook": "nbs/alone.ipynb"}] * 2}, "asks twice"),
     ({"train": "nbs/alone.ipynb"}, "alone.ipynb has no parameter"),
-    ({"search": {"trials": 2, "own": {"small": {"lr": [.1, 1, "log"]}}}}, "'large' is in one only")])
+    ({"search": {"trials": 2, "own": {"small": {"lr": [.1, 1, "log"]}}}}, "'large' is in one only"),
+    ({"search": {"own": {"small": {"lr": [.1, 1, "log"]}, "large": {}}}}, "as many parameters of its own, got {'large': 0, 'small': 1}"),
+    ({"search": {"shared": {"lr": [.1, 1, "log"]}, "own": {"small": {"lr": [.1, 1, "log"]}, "large": {"lr": [.1, 1, "log"]}}}}, "'lr' is shared already"),
+    ({"search": {"own": {"small": {"lr": [1, .1, "log"]}, "large": {"lr": [.1, 1, "log"]}}}}, "low < high, got [1, 0.1, 'log']"),
+    ({"search": {"own": {"small": {"lr": [0, 1, "log"]}, "large": {"lr": [.1, 1, "log"]}}}}, "a log scale needs low > 0"),
+    ({"search": {"own": {"small": {"lr": [0, 1, "lin"]}, "large": {"lr": [.1, 1, "log"]}}}}, "ends in log, linear or choice"),
+    ({"search": {"own": {"small": {"lr": [.1, "choice"]}, "large": {"lr": [.1, 1, "log"]}}}}, "a choice needs different values"),
+    ({"vary": {"dim": [8, 8]}}, "'large_dim8' twice"), ({"vary": {"dmi": [8]}}, "row 'large_dmi8'")])
 def test_a_bad_profile_is_refused_before_any_work(root, change, words, capsys):
     write_profile(root, **change)
     words = re.sub(r" It has", ". It has", words)
@@ -252,6 +259,20 @@ def test_bad_input_ends_the_command_with_code_2_and_one_sentence(root):
         assert code == 2 and err.startswith("error: ") and says in err and err.count("\n") == 1
     code, out, err = command(root.parent, "status")
     assert code == 2 and "settings.ini" in err
+
+
+def test_tune_finds_the_search_of_a_profile(root):
+    search = {"trials": 2, "shared": {"lr": [.1, 1, "log"]}, "own": {"small": {}, "large": {}}}
+    rows = {row: {"recipe": {"objective": "snca"}} for row in ("small", "large")}
+    R.write_atomic(root / "workflow/profiles/hunt.yaml", yaml.safe_dump({"name": "hunt", "seeds": [0], "search": search, "rows": rows, "data": {"name": "glyphs"}}))
+    assert P.search_of("hunt", root) == "hunt"
+    with pytest.raises(ValueError, match="'toy' names no search: give it `tuned_by`"): P.search_of("toy", root)
+    write_profile(root, tuned_by="hunt")
+    assert P.search_of("toy", root) == "hunt"
+    write_profile(root, tuned_by="toy")
+    with pytest.raises(ValueError, match="tuned_by 'toy', which has no `search`"): P.search_of("toy", root)
+    code, out, err = command(root, "tune", "--profile", "toy")
+    assert code == 2 and "which has no `search`" in err
 
 
 def test_yaml_with_a_key_twice_is_refused(tmp_path):
@@ -287,6 +308,20 @@ def test_a_search_gives_every_row_the_same_points():
     lrs = [rows[f"a_t{k}"].recipe["lr"] for k in range(6)]
     assert .01 < min(lrs) < .05 and .2 < max(lrs) < 1 and len(set(lrs)) == 6
     assert rows["a_t0"].recipe["objective_options"]["squared"] is True and profile.rows["a"].recipe == {"objective_options": {"squared": True}}
+
+
+def test_a_choice_takes_one_of_its_values_and_every_value_is_tried():
+    search = P.Search(trials=12, own={"a": {"per_class": [2, 4, 8, "choice"]}})
+    tried = [r.recipe["per_class"] for r in P.with_trials(P.Profile(name="s", rows={"a": P.Row()}, search=search)).rows.values()]
+    assert set(tried) == {2, 4, 8} and min(map(tried.count, (2, 4, 8))) >= 3
+
+
+def test_vary_repeats_rows_with_one_field_changed():
+    profile = P.Profile(name="s", rows={"a": P.Row(label="A", recipe={"lr": .1}), "b": P.Row(vary=False), "c": P.Row(control=True)},
+                        vary={"dim": [8, 16], "epochs": [2]})
+    rows = P.with_variants(profile).rows
+    assert list(rows) == ["a", "a_dim8", "a_dim16", "a_epochs2", "b", "c"]
+    assert rows["a_dim8"].recipe == {"lr": .1, "dim": 8} and rows["a"].recipe == {"lr": .1} and rows["a_dim8"].label == "A, dim 8"
 
 # ---------------------------------------------------------------- single parts
 

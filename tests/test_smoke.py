@@ -83,6 +83,14 @@ def test_figures_tables_and_records_are_there(project):
     for r in records:
         assert 0 < r.metrics["cosine/recall@1"] <= 1 and r.provenance["device"] and r.provenance["commit"]
         assert len(r.history) == (1 if r.row == "untrained" else 3)
+        if r.row == "untrained": continue
+        path = [e["test/cosine/recall@1"] for e in r.history[1:]]                # the paper's reading, from the epochs as they were
+        assert r.metrics["best_on_test/cosine/recall@1"] == max(path) and path[-1] == r.metrics["cosine/recall@1"]
+        chosen = r.history[int(r.metrics["best_on_test/epoch"])]
+        assert chosen["test/euclidean/recall@1"] == r.metrics["best_on_test/euclidean/recall@1"] and chosen["test/cosine/recall@1"] == max(path)
+        by_validation = max(range(3), key=lambda e: (r.history[e]["validation/recall@1"], e))
+        assert r.metrics["selected/cosine/recall@1"] == r.history[by_validation]["test/cosine/recall@1"]
+        assert .1 < r.timings["step_megabytes"] < 100 and 0 < r.timings["step_seconds"] < 10
     assert len(list(figures.glob("*.svg"))) == len(list(figures.glob("*.png"))) >= 2
     for svg in figures.glob("*.svg"): assert any(r.run in svg.read_text() for r in records)
 
@@ -144,3 +152,15 @@ def test_one_run_alone_with_papermill(project, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     record = R.load_record(tmp_path / "run")
     assert record.recipe["objective"] == "snca" and record.row == "snca" and record.seed == 0 and out.exists()
+
+
+def test_a_trial_that_collapses_is_a_result_of_a_search_and_never_sees_test_classes(project, tmp_path):
+    words = ["-p", "lr", "1e12", "-p", "epochs", "1", "-p", "evaluate_on", "validation", "-p", "folder", str(tmp_path / "run"),
+             "-y", "{data_options: {max_train_classes: 32, max_test_classes: 24}, encoder_options: {width: 8}, validation: 0.25, warmup: 0}"]
+    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/04_experiments/30_train.ipynb", str(tmp_path / "out.ipynb"), *words], cwd=project[0],
+                          env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = R.load_record(tmp_path / "run")
+    assert any(n.startswith("collapsed: the loss is not finite") for n in record.notes) and record.recipe["lr"] == 1e12
+    assert record.metrics and all(k.startswith("validation/") for k in record.metrics)
+    assert not any(k.startswith("test/") for e in record.history for k in e)

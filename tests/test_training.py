@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dml_companion import objectives
 from dml_companion.datasets import load
-from dml_companion.encoders import embed
+from dml_companion.encoders import build_encoder, embed
+from dml_companion.objective import Objective, Parts
 from dml_companion.training import (Augment, Collapsed, Recipe, TRAINING, augment_batch, balanced_batches, build_optimizer, crop_boxes,
-                                    Snapshots, fit, kept_epochs, parameter_groups, random_batches, warmup_cosine)
+                                    Snapshots, fit, kept_epochs, parameter_groups, random_batches, step_bytes, warmup_cosine)
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(max_train_classes=24, max_test_classes=12)
@@ -331,6 +333,35 @@ def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path, data):
 
 
 # ---- the notebook that runs it
+
+class Linear(nn.Module):
+    "Twelve weights, and a batch norm whose statistics must survive being measured."
+    def __init__(self):
+        super().__init__()
+        self.map, self.norm = nn.Linear(4, 3, bias=False), nn.BatchNorm1d(4, affine=False, track_running_stats=True)
+    def forward(self, x): return self.map(x.float())
+
+
+class Sum(Objective):
+    def split(self, embeddings, labels): return Parts(embeddings.sum(), embeddings.sum() * 0)
+
+
+@pytest.mark.parametrize("changes, moments", [({}, 1), ({"momentum": 0.}, 0), ({"optimizer": "adamw"}, 2)])
+def test_the_bytes_of_a_step_are_counted_exactly(changes, moments):
+    "Autograd keeps the input of a linear map (4 floats an image) and nothing else; weights, gradients and moments come to 12 floats each."
+    for n in (8, 16):
+        counted = step_bytes(Linear(), Sum(), Recipe(**changes), torch.rand(n, 4), torch.zeros(n, dtype=torch.int64))
+        assert counted == 4 * (4 * n + (2 + moments) * 12)
+
+
+def test_counting_the_bytes_of_a_step_changes_nothing():
+    net, loss = build_encoder("convnet", width=8, norm="batch"), Sum()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    few, many = (step_bytes(net.eval(), loss, Recipe(), torch.rand(n, 1, 32, 32), torch.zeros(n, dtype=torch.int64)) for n in (8, 16))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and not net.training
+    weights = 3 * 4 * sum(p.numel() for p in net.parameters())
+    assert 1.9 < (many - weights) / (few - weights) < 2.1
+
 
 def test_the_parameters_cell_of_30_train_is_the_recipe():
     import ast
