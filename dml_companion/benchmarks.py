@@ -189,7 +189,8 @@ def tar_members(path: Path) -> Iterator[tuple[str, bytes]]: # (name, content)
                 tar.members = []                                   # tarfile keeps what it has seen
             while rest := tar.fileobj.read(2**20):                 # to the end, for gzip's checksum
                 if rest.strip(b"\0"): raise BadArchive(f"{path} is damaged after {len(names):,} files: fetch it again")
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
+    except BadArchive: raise
+    except Exception as e: # tarfile and the decompressors raise anything from OSError to zlib.error
         why = str(e).split("\n")[0]
         raise BadArchive(f"{path} is no sound tar archive ({why}): fetch it again") from e
 
@@ -243,9 +244,11 @@ def tar_files(path: Path, cache: str | Path | None = None, progress: bool = True
         if name in listing.kept: return listing.kept[name]
         with lock:                                                 # images are read from several threads
             if not stores: open_store()
-            at, size, _ = listing.members[name]
+            at, size, crc = listing.members[name]
             stores[0].seek(at)
-            return stores[0].read(size)
+            data = stores[0].read(size)
+        if zlib.crc32(data) != crc: raise BadArchive(f"{path} changed while it was read, at {name!r}: run it again")
+        return data
     facts = [[n, *m[1:]] for n, m in sorted(listing.members.items())]
     return Files(path, [f[0] for f in facts], sha256_json(facts), read)
 
@@ -273,7 +276,11 @@ def archive_place(path: Path, stem: str, # the folder that the archive stands fo
     "An archive; names are taken below `stem`, or below its top when it has no such folder."
     every = zip_files(path) if path.suffix == ".zip" else tar_files(path, cache, progress)
     prefix = f"{stem}/" if any(n.startswith(f"{stem}/") for n in every.names) else ""
-    known, read = set(every.names), lambda name: every.read(prefix + name)
+    known = set(every.names)
+    def read(name):
+        try: return every.read(prefix + name)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+            raise BadArchive(f"{path}: member {prefix + name!r} is damaged ({e}): fetch it again") from e
     def files(names): return Files(path, [n for n in names if prefix + n in known], every.fingerprint, read)
     return Place(path, read, files)
 
@@ -386,6 +393,8 @@ def cub(root: Path | None, size: int, cache: str | Path | None, progress: bool, 
     paths, labels = dict(rows(at, "images.txt", 2)), dict(rows(at, "image_class_labels.txt", 2))
     if odd := paths.keys() ^ labels.keys():
         raise WrongData(f"cub: images.txt and image_class_labels.txt in {at.where} differ in image {min(odd)}")
+    if [c for c, _ in classes] != [str(i + 1) for i in range(len(classes))]:
+        raise WrongData(f"cub: classes.txt in {at.where} does not number its classes 1, 2, 3, ...")
     y = np.array([number(labels[i], f"cub: class of image {i}", 1, len(classes)) - 1 for i in paths], dtype=np.int64)
     side = np.where(y < OFFICIAL["cub"].train_classes, TRAIN, QUERY)
     census = Census(at, [f"images/{p}" for p in paths.values()], y, [c for _, c in classes], side)
@@ -414,7 +423,8 @@ def car_rows(place: Place, name: str, column: str, # the field with the file nam
     if not all("class" in a for a in found):
         raise WrongData(f"{name} in {place.where} has no labels (field 'class'): take cars_test_annos_withlabels.mat, "
                         f"which the official page offers beside the devkit")
-    return [(str(a[column]), int(a["class"])) for a in found]
+    try: return [(str(a[column]), int(a["class"])) for a in found]
+    except (TypeError, ValueError) as e: raise WrongData(f"{name} in {place.where}: a class is no number ({e})") from e
 
 def cars_census(root: Path | None, cache: str | Path | None, progress: bool) -> Census:
     "Cars196 in either official layout."
@@ -439,7 +449,9 @@ def cars196(root: Path | None, size: int, cache: str | Path | None, progress: bo
             stretch: bool = True, # squeeze images into a square, as the official code does; False: centre crop
            ) -> Sides:
     "Cars196 from either official layout: the first half of the classes trains, the second is unseen."
-    return pack_census("cars196", cars_census(root, cache, progress), size, cache, progress, stretch)
+    census = cars_census(root, cache, progress)
+    layout = "devkit" if census.names[0].startswith("cars_train/") else "car_ims"
+    return pack_census("cars196", census, size, cache, progress, stretch, layout=layout)
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c30
 @dataset("sop", "online products: 11,318 to train on, 11,316 unseen (Stanford Online Products); fetch it", 256)
@@ -531,11 +543,13 @@ def prepare(name: str, root: str | Path | None = None, size: int | None = None, 
 def verify(name: str, root: str | Path | None = None, size: int | None = None, cache: str | Path | None = None,
            digest: str | None = None, # what the data set's digest must be, or how it must begin
            progress: bool = True) -> Prepared:
-    "Counts, the hash of every packed image, the digest; raises `NotPrepared`, `BrokenPack` or `WrongData`."
+    "Judge counts, the hash of every packed image and the digest; raises `NotPrepared`, `BrokenPack` or `WrongData`."
+    if digest is not None and not re.fullmatch("[0-9a-f]{8,64}", digest.lower()):
+        raise ValueError(f"a digest is 64 hexadecimal digits, or at least the first 8 of them; got {digest!r}")
     with watching(open_only=True) as seen: data = datasets.load(name, root, size, cache, progress)
     n = len(seen[0].images)
     verify_pack(seen[0], tqdm(range(n), f"verifying {name}", disable=not progress, unit=" images"))
-    if digest is not None and (len(digest) < 8 or not data.digest.startswith(digest.lower())):
+    if digest is not None and not data.digest.startswith(digest.lower()):
         raise WrongData(f"{name} has the digest {data.digest}, not {digest!r}")
     return Prepared(data, seen[0], False)
 
@@ -553,8 +567,8 @@ def inventory(root: str | Path | None = None, cache: str | Path | None = None) -
     root, packs = root or os.environ.get("DML_DATA") or None, packs_on_disk(cache)
     root = Path(root).expanduser() if root else None
     def state(name):
-        if name == "glyphs": return "embedded"
         if name == "folder": return "any folder"
+        if name not in LAYOUTS: return "embedded" # it needs no files
         images = FACTS[name].images if name not in OFFICIAL else OFFICIAL[name].images
         ready = sorted({m["shape"][2] for f, m in packs.items() if f.name.startswith(f"{PACKED_AS.get(name, name)}-")
                         and m.get("shape", [0])[0] == images})

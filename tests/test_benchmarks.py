@@ -218,6 +218,7 @@ def test_both_publications_of_cars(ending, labels_beside, tmp_path):
     assert data.train.class_names == ["Audi 2012", "BMW 2010"] and data.query.class_names == ["Fiat 2012", "Jeep 2011"]
     other = opened("cars196", grow(tmp_path / "other", cars_tree()))
     assert np.array_equal(np.sort(data.train.labels), np.sort(other.train.labels))
+    assert (data.info["layout"], other.info["layout"]) == ("devkit", "car_ims")
     images = lambda d: sorted(i.tobytes() for i in d.train.images[:])
     assert images(data) == images(other)                             # the same cars, as the classes go over both halves
 
@@ -231,7 +232,8 @@ def test_cars_without_test_labels(tmp_path):
 @pytest.mark.parametrize("bad,message", [
     (lambda: b"no matlab", "is no sound Matlab file"), (lambda: mat(something=1), "has no annotations"),
     (lambda: mat(annotations=records([dict(fname="1.jpg", **{"class": 1})] * 12), class_names=MODELS), "relative_im_path"),
-    (lambda: mat(annotations=records([dict(relative_im_path="car_ims/000001.jpg", **{"class": 9})] * 12), class_names=MODELS), "not a number from 1 to 4")])
+    (lambda: mat(annotations=records([dict(relative_im_path="car_ims/000001.jpg", **{"class": 9})] * 12), class_names=MODELS), "not a number from 1 to 4"),
+    (lambda: mat(annotations=records([dict(relative_im_path="car_ims/000001.jpg", **{"class": []})] * 12), class_names=MODELS), "a class is no number")])
 def test_bad_matlab_files(bad, message, tmp_path):
     root = grow(tmp_path, cars_tree() | {"cars_annos.mat": bad()})
     with pytest.raises(WrongData, match=message): opened("cars196", root)
@@ -279,6 +281,7 @@ def test_inshop_lists_that_cannot_be_right(change, message, tmp_path):
     ("images.txt", lambda t: t.replace("001.Bird_1/Bird_0001.jpg", "../../secret.jpg"), WrongData, "'images/../../secret.jpg', which is not below"),
     ("images.txt", lambda t: t.replace("Bird_0001", "Bird_9999", 1), MissingData, r"1 of the 12 images .* first images/001.Bird_1/Bird_9999.jpg"),
     ("images.txt", lambda t: t.encode("utf-16"), WrongData, "images.txt .* is no text"),
+    ("classes.txt", lambda t: t.replace("2 002", "3 002"), WrongData, "does not number its classes"),
     ("classes.txt", None, MissingData, "lacks classes.txt")])
 @pytest.mark.parametrize("packed", [False, True])
 def test_bad_annotations_are_named(file, change, error, message, packed, tmp_path):
@@ -361,6 +364,25 @@ def test_flipped_bytes_in_an_archive(tmp_path):
         content[3584 * 2 + 100 if ending == "tar" else len(content) - 6] ^= 255      # a header in the middle; gzip's checksum
         path.write_bytes(content)
         with pytest.raises(BadArchive, match="damaged|no sound tar"): tar_files(path, tmp_path, False)
+
+@pytest.mark.parametrize("member,error", [("Ebay_train.txt", BadArchive), ("bicycle_final/1000_0.JPG", BrokenImage)])
+def test_a_damaged_member_of_a_zip_is_named(member, error, tmp_path):
+    root = grow(tmp_path, sop_tree())
+    path = pack_up(root, "Stanford_Online_Products", ".zip")
+    with zipfile.ZipFile(path) as z: at = z.getinfo(f"Stanford_Online_Products/{member}").header_offset
+    content = bytearray(path.read_bytes()); content[at + 30 + len(f"Stanford_Online_Products/{member}") + 40] ^= 1; path.write_bytes(content)
+    with pytest.raises(error, match=member): opened("sop", root)
+    code, text = command("data", "prepare", "sop", "--data", root, "--cache", root / "packs", name="sop")
+    assert code == 2 and text.startswith("error: ") and member in text
+
+def test_an_archive_that_changes_under_us_is_noticed(tmp_path):
+    path, data = tmp_path / "x.tar", [(f"{i}.jpg", bytes([i]) * 3000, tarfile.REGTYPE) for i in range(1, 4)]
+    tar_files(hostile_tar(path, *data, mode="w"), tmp_path, False)
+    files, stamp = tar_files(path, tmp_path, False), path.stat()                  # by its listing; nothing unpacked yet
+    hostile_tar(path, *[(n, d[::-1].replace(b"\2", b"\7"), k) for n, d, k in data], mode="w")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert files.read("1.jpg") == data[0][1]
+    with pytest.raises(BadArchive, match="changed while it was read, at '2.jpg'"): files.read("2.jpg")
 
 def test_a_cut_download_is_one_sentence(tmp_path):
     root = grow(tmp_path, sop_tree())
@@ -459,6 +481,9 @@ def test_prepare_then_verify(name, tmp_path):
     assert code == 0 and text.startswith("right: ") and digest in text
     code, text = command("data", "verify", name, *options, "--digest", "0" * 12, name=name)
     assert code == 1 and "000000000000" in text and digest in text
+    for odd in (digest[:7], "not a digest"):
+        code, text = command("data", "verify", name, *options, "--digest", odd, name=name)
+        assert code == 2 and f"at least the first 8 of them; got {odd!r}" in text
     code, text = command("data", "verify", name, *options[:-2], name=name)               # not at 256 px
     assert code == 2 and "256 px" in text
     code, text = command("data", "verify", name, *options)                               # without the hook
