@@ -305,8 +305,9 @@ def embed(folder: FolderArgument,
         found = P.embed_to(output, photos, net, skip_broken=skip_broken, device=device, progress=err.is_terminal)
         confess(found.provenance["source"]["left_out"], found.provenance["source"]["skipped"])
         classes = f" of {len(found.class_names):,} classes" if found.class_names else ""
+        raw = "untrained " if net.origin.get("weights") == "none" and net.spec["encoder"] != "pixels" else ""
         say(f"{output}: {len(found):,} images{classes}, {found.embeddings.shape[1]:,} numbers each, by "
-            f"{net.spec['encoder']} at {net.spec['size']} px in {time.monotonic() - start:.0f} s")
+            f"{raw}{net.spec['encoder']} at {net.spec['size']} px in {time.monotonic() - start:.0f} s")
 
 
 @app.command()

@@ -406,7 +406,7 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], # a query and its neighbours i
     for row, line in zip(rows, axes):
         for tile, ax in zip(row, line): draw_tile(ax, tile)
     fig.suptitle(title, size=10, x=.01, ha="left", parse_math=False)
-    fig.subplots_adjust(.01, .01, .99, 1 - .55 / fig.get_figheight(), .08, .28)
+    fig.subplots_adjust(.01, .01, .99, 1 - .5 / fig.get_figheight(), .08, .28)
     return fig
 
 def draw_tile(ax: "matplotlib.axes.Axes", tile: Tile) -> None: # noqa: F821
