@@ -16,7 +16,7 @@ from dml_companion.losses.pairwise import CenterLoss, ContrastiveLoss, MultiSimi
 from dml_companion.objective import Objective, Parts, register, unit_rows
 
 K, D = 5, 4
-NAMES = ["center", "contrastive", "cross_entropy", "multi_similarity", "normalized_softmax", "snca", "spce"]
+# A new objective needs a line here, and a double loop `<name>_loop(Z, y, <its options>)` below as its oracle.
 # Every option that changes a computation, at a value that is not its default.
 OTHER = {
     "center": dict(center_weight=.5, centers="batch", center_rate=.9, reduction="sum", bias=False, label_smoothing=.2,
@@ -29,6 +29,7 @@ OTHER = {
     "snca": dict(temperature=.7, self_pairs=True, reduction="valid", normalize=False),
     "spce": dict(lam=.3, self_pairs=True, normalize=False),
 }
+NAMES = sorted(OTHER)
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -141,7 +142,7 @@ def center_loop(loss, Z, y):
 def loop(name, loss, Z, y, settings):
     with torch.no_grad():
         if name == "center": return center_loop(loss, Z, y)
-        if name in ("contrastive", "snca", "multi_similarity", "spce"): return globals()[f"{name}_loop"](Z, y, **settings)
+        if f"{name}_loop" in globals(): return globals()[f"{name}_loop"](Z, y, **settings)
         W = loss.weight
         logits = Z @ W.T + (0 if loss.bias is None else loss.bias) if name == "cross_entropy" else \
             torch.stack([torch.stack([z @ w / z.norm() / w.norm() for w in W]) for z in Z]) / loss.temperature
