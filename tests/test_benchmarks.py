@@ -599,7 +599,8 @@ def test_prepare_goes_on_where_it_was_stopped(packed, how, tmp_path, monkeypatch
     with expecting("cub", Counts(48, 2, 48, 2)): whole = load("cub", root, size=16, cache=tmp_path / "whole", progress=False)
     if packed: pack_up(root, "CUB_200_2011", ".tgz")
     words = ["data", "prepare", "cub", "--data", str(root), "--cache", str(packs), "--size", "16"]
-    job = subprocess.Popen([sys.executable, "-c", RUN, ".02", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen([sys.executable, "-c", RUN, ".02", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a background shell ignores it
     for n, line in enumerate(job.stderr, 1):
         if n == 60: job.send_signal(how); break
     rest = job.stderr.read(); job.wait(); job.stdout.close(); job.stderr.close()
