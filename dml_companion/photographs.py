@@ -113,7 +113,7 @@ def read_photos(photos: Photos,
     images = [x for x in found if not isinstance(x, BrokenImage)]
     return np.stack(images) if images else np.empty((0, 3, size, size), np.uint8), broken
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c14
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c16
 class Model(NamedTuple):
     "An encoder that can be built again and told from any other."
     encoder: Encoder # in evaluation mode
@@ -147,7 +147,7 @@ def named_model(name: str = "efficientnet_lite0", # one of `encoders.ENCODERS`
     origin = dict(weights=str(Path(weights).resolve()) if weights else "ImageNet" if pretrained else "none")
     return Model(encoder, spec, model_digest(spec, encoder), origin, {})
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c17
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c19
 def save_model(folder: str | Path, # made if need be
                encoder: Encoder,
                spec: dict, # as in `Model`
@@ -182,7 +182,7 @@ def empty_encoder(spec: dict) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         return build_encoder(spec["encoder"], spec["dim"], 3, spec["size"], spec["norm"], **spec["options"])
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c20
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c22
 @dataclass(frozen=True, eq=False, repr=False)
 class Embeddings:
     "Embeddings of photographs, with the names of the files and the story of how they came about."
@@ -227,7 +227,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
     except (KeyError, ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as e:
         raise ValueError(f"{path} is no sound file of embeddings ({e}): make it with `dml-companion embed`") from e
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c22
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c24
 PIECE = 256 # images
 
 def embed_photos(photos: Photos | str | Path, # as listed by `open_photos`, or the folder
@@ -300,7 +300,7 @@ def writable(folder: Path) -> None:
     try: folder.mkdir(parents=True, exist_ok=True); probe.touch(); probe.unlink()
     except OSError as e: raise OSError(f"cannot write to {folder} ({e.strerror or e}): choose another place") from e
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c25
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c27
 CLUSTERING = 10**10 # images x dimensions x classes up to which k-means takes seconds
 
 def judge(found: Embeddings,
@@ -321,7 +321,7 @@ def judge(found: Embeddings,
         scores = evaluate(found.embeddings, found.labels, ks=ks, clustering=clustering)
     return scores | dict(images=len(found), classes=len(sizes), single=int((sizes == 1).sum()))
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c28
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c30
 def model_of(found: Embeddings,
              folder: str | Path | None = None, # where the model lies now; None: where it lay then
             ) -> Model:
@@ -384,7 +384,7 @@ def neighbours(found: Embeddings,
     lists = [[(s, r) for s, r in zip(*pair) if r != q][:k] for q, *pair in zip(rows, scores.tolist(), columns.tolist())]
     return [[Match(r, found.files[r], s, found.class_of(r)) for s, r in row] for row in lists]
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c31
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c33
 class Tile(NamedTuple):
     "One picture of a contact sheet."
     image: np.ndarray # (3, h, w) uint8
@@ -479,7 +479,7 @@ def save_sheet(fig: "matplotlib.figure.Figure", path: str | Path) -> Path: # noq
         fig.savefig(buffer := BytesIO(), format=path.suffix[1:].lower())
     return write_atomic(path, buffer.getvalue())
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c34
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c36
 def find_objective(name: str, # one of `objective.locate()`
                    options: dict[str, Any], # keyword options of its class
                   ) -> type[Objective]:
@@ -526,7 +526,7 @@ def photo_recipe(sizes: np.ndarray, # images of each training class
                  augment=Augment(crop_scale=(.4, 1.), flip=flip))
     return Recipe(**known | batches | fields)
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c37
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c39
 def photo_dataset(photos: Photos, # with classes
                   size: int, # side in pixels
                   split: float | Sequence[str] | str | Path = .5, # unseen classes: fraction, names, or file of names
@@ -555,7 +555,7 @@ def photo_dataset(photos: Photos, # with classes
     digest = sha256_json([data.digest, "without", names])
     return replace(data, train=take_classes(data.train, rest), digest=digest), names
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c38
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c40
 def train_photos(root: str | Path | Photos, # the folder
                  folder: str | Path, # where the model goes; an interrupted training goes on there
                  objective: str = "cross_entropy",
@@ -617,7 +617,7 @@ def untrained(recipe: Recipe, seed: int, weights: str | Path | None = None) -> E
         return build_encoder(recipe.encoder, recipe.dim, 3, recipe.size, recipe.norm, recipe.freeze_bn, recipe.dropout,
                              recipe.pretrained, weights, **recipe.encoder_options)
 
-# %% ../nbs/01_foundations/08b_photographs.ipynb #c42
+# %% ../nbs/01_foundations/08b_photographs.ipynb #c44
 def side(photos: Photos,
          which: str, # "all", "train" or "unseen"
          model: Model, # a trained one knows its own classes
