@@ -406,8 +406,9 @@ def sheet(file: FileOption = "emb.npz",
     "A contact sheet: random photographs and their nearest ones, hits and misses marked."
     with in_a_sentence():
         from dml_companion import photographs as P
-        P.save_sheet(P.random_sheet(P.read_embeddings(file), queries, k, seed, photos), output)
-        say(f"{output}: {queries} random photographs and their {k} nearest")
+        found = P.read_embeddings(file)
+        P.save_sheet(P.random_sheet(found, queries, k, seed, photos), output)
+        say(f"{output}: {min(queries, len(found))} random photographs and their {min(k, len(found) - 1)} nearest")
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c17
 @app.command()

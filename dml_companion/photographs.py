@@ -286,6 +286,7 @@ def embed_to(path: str | Path, # the .npz to write
             ) -> Embeddings:
     "Embed photographs into a file; unfinished work waits beside it and is taken up by the next call."
     path = Path(path).expanduser()
+    if path.is_dir(): raise ValueError(f"{path} is a folder: name the file to write, e.g. {path / 'emb.npz'}")
     writable(path.parent)
     key = sha256_json([photos.files.fingerprint, photos.names, model.digest])[:16]
     pieces = path.with_name(f".{path.name}.{key}.unfinished")

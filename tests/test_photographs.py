@@ -133,7 +133,7 @@ def test_a_folder_without_classes_is_embedded_but_not_judged(photos, tmp_path):
     assert "no classes to judge by" in refused("evaluate", out)
     assert "leave --which out" in refused("embed", photos / "cats", "-o", out, "--which", "unseen", "--encoder", "pixels")
     assert "needs a folder of images for each class" in refused("train", photos / "cats", "-o", tmp_path / "m", "--encoder", "convnet")
-    run("sheet", "-i", out, "-o", tmp_path / "s.png", "--queries", 2, "-k", 3)
+    assert "5 random photographs and their 4 nearest" in run("sheet", "-i", out, "-o", tmp_path / "s.png", "--queries", 20, "-k", 30)
     assert len(run("search", photos / "cats/Foto 1.png", "-i", out, "-k", 50).splitlines()) == 4
 
 
@@ -249,6 +249,7 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(photos, tmp_pat
     for words in (("embed", photos, "-o", tmp_path / "file/e.npz", "--encoder", "pixels"), ("train", photos, "-o", tmp_path / "file/m", "--encoder", "convnet")):
         text = refused(*words)
         assert "cannot write to" in text and str(tmp_path / "file") in text
+    assert "is a folder" in refused("embed", photos, "-o", tmp_path, "--encoder", "pixels")
 
 
 @pytest.mark.parametrize("harm, words", [
