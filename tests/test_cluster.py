@@ -128,17 +128,20 @@ def test_from_one_command_to_published_tables_through_slurm(root, slurm):
 
 
 @needs_slurm
-def test_ctrl_c_takes_back_what_was_submitted(root, slurm):
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_an_end_takes_back_what_was_submitted(root, slurm, how):
+    "Ctrl-C, or a front end that is killed outright: Snakemake notices and cancels."
     R.write_atomic(root / "hold", "")
     front = begin(root, "reproduce", "--profile", "toy", "--cluster", "slurm-gpu", "--device", "cuda")
     until(lambda: (root / "small.env").exists())
     job = psutil.Process(int((slurm / "jobs/1/pid").read_text()))
     family = [job, *job.children(recursive=True)]
     assert states(root)["small, seed 0"] == "running"                        # seen through its lock, without asking Slurm
-    front.send_signal(signal.SIGINT)
-    out, err = front.communicate(timeout=60)
-    assert front.returncode == 130 and "taking back" in err and "Traceback" not in out + err
-    assert (slurm / "jobs/1/cancelled").exists() and len(fake_slurm.ids(slurm)) == 1
+    front.send_signal(how)
+    out, err = front.communicate(timeout=120)
+    if how == signal.SIGINT: assert front.returncode == 130 and "taking back" in err and "Traceback" not in out + err
+    until((slurm / "jobs/1/cancelled").exists)
+    assert len(fake_slurm.ids(slurm)) == 1
     until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 15)
     assert states(root)["small, seed 0"] == "interrupted"
 
