@@ -20,7 +20,7 @@ def rows_of(path):
 
 
 def test_the_reference_is_there():
-    assert {"quick", "omniglot", "search"} <= {p.name for p in REFERENCE}
+    assert {"quick", "omniglot", "tune_glyphs"} <= {p.name for p in REFERENCE}
 
 
 @pytest.mark.parametrize("folder", REFERENCE, ids=names)
@@ -48,7 +48,7 @@ def test_tables_come_from_the_records(folder, table, metric):
             assert (line[f"{heading} ±"] == "" and math.isnan(half)) or float(line[f"{heading} ±"]) == pytest.approx(half, abs=1e-12)
 
 
-CLAIMED = [p for p in REFERENCE if (p / "claims").is_dir()]
+CLAIMED = [p for p in REFERENCE if (p / "claims.md").exists()]
 
 
 def claims_of(folder): return {c.id: c for c in load_claims(folder)}
@@ -112,22 +112,52 @@ def test_form(folder):
     for svg in folder.glob("*.svg"): assert svg.with_suffix(".png").exists()
 
 
-@pytest.mark.parametrize("name", ["quick", "omniglot"])
+def searched(recipe, field):
+    outer, _, inner = field.partition(".")
+    return recipe[outer][inner] if inner else recipe[outer]
+
+
+@pytest.mark.parametrize("name", ["quick", "omniglot", "sweeps"])
 def test_profiles_hold_the_winners_of_the_search(name):
-    profile = load_profile(name)
-    winners = {line["objective"]: line for line in rows_of(ROOT / profile.tuning)}
-    assert set(winners) == {row for row in profile.rows if not profile.rows[row].control}
+    "Every contestant is a row of the search with the best trial's values, and nothing else is changed."
+    profile, search = load_profile(name), load_profile("tune_glyphs")
+    assert profile.tuned_by == "tune_glyphs"
+    winners = {line["objective"]: line for line in rows_of(ROOT / "figures/tune_glyphs/search_winners.csv")}
+    assert set(winners) == {row for row in profile.rows if not profile.rows[row].control} - {row for row in profile.rows if name == "sweeps" and row not in search.search.own}
     for row, line in winners.items():
-        recipe = profile.rows[row].recipe
-        outer, _, inner = line["own parameter"].partition(".")
-        assert recipe["lr"] == float(line["lr"]) and (recipe[outer][inner] if inner else recipe[outer]) == float(line["value"])
+        recipe, trial = profile.rows[row].recipe, search.rows[f"{row}_t{line['trial']}"].recipe
+        assert recipe == trial and recipe["lr"] == float(line["lr"])
+        for i in (1, 2): assert float(searched(recipe, line[f"own {i}"])) == float(line[f"value {i}"])
+
+
+def test_the_winner_is_the_best_trial():
+    log = rows_of(ROOT / "figures/tune_glyphs/search_log.csv")
+    for line in rows_of(ROOT / "figures/tune_glyphs/search_winners.csv"):
+        assert float(line["R@1"]) == max(float(t["R@1"]) for t in log if t["objective"] == line["objective"])
 
 
 def test_the_search_gave_equal_budgets_and_never_saw_test_classes():
-    log = rows_of(ROOT / "figures/search/search_log.csv")
-    trials = {}
-    for line in log: trials.setdefault(line["objective"], []).append(float(line["lr"]))
+    log, trials, own = rows_of(ROOT / "figures/tune_glyphs/search_log.csv"), {}, {}
+    for line in log:
+        trials.setdefault(line["objective"], []).append(float(line["lr"]))
+        own.setdefault(line["objective"], set()).add((line["own 1"], line["own 2"]))
     assert len({tuple(sorted(v)) for v in trials.values()}) == 1 and len(trials) == 8      # the same learning rates for all
-    for r in load_records(ROOT / "figures/search"):
+    assert {len(v) for v in trials.values()} == {12} and all(len(v) == 1 for v in own.values())
+    records = load_records(ROOT / "figures/tune_glyphs")
+    assert len(records) == len(log)
+    for r in records:
         assert r.metrics and all(k.startswith("validation/") for k in r.metrics)
-        assert "embeddings.npz" not in r.files
+        assert "embeddings.npz" not in r.files and not any(k.startswith("test/") for e in r.history for k in e)
+
+
+@pytest.mark.parametrize("folder", [p for p in REFERENCE if (p / "epoch_selection.csv").exists()], ids=names)
+def test_the_three_readings_of_an_epoch_are_what_their_headings_say(folder):
+    records = [r for r in load_records(folder) if r.recipe["epochs"]]
+    for r in records:
+        path = [e["test/cosine/recall@1"] for e in r.history[1:]]
+        assert path[-1] == pytest.approx(r.metrics["cosine/recall@1"], abs=1e-12) and max(path) == r.metrics["best_on_test/cosine/recall@1"]
+    for line in rows_of(folder / "epoch_selection.csv"):
+        mine = [r for r in records if r.row == line["row"]]
+        for heading, key in (("cosine last", "cosine/recall@1"), ("cosine selected", "selected/cosine/recall@1"), ("cosine best on test", "best_on_test/cosine/recall@1"),
+                             ("Euclidean best on test", "best_on_test/euclidean/recall@1")):
+            assert float(line[heading]) == pytest.approx(mean_interval([r.metrics[key] for r in mine])[0], abs=1e-12)
