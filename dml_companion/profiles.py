@@ -55,6 +55,7 @@ class Task(Strict):
 class Search(Strict):
     "A hyper-parameter search with the same budget for every row, judged on validation classes."
     trials: int = Field(12, ge=1)
+    design: Literal["r_d", "halton"] = "r_d" # where the trials lie
     shared: dict[str, list] = {} # field -> [low, high, "log" or "linear"] or [value, ..., "choice"], the same for all
     own: dict[str, dict[str, list]] # row -> the same for its own parameters, as many for one row as for another
 
@@ -143,13 +144,18 @@ def read_yaml(path: str | Path) -> dict:
     return value
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c11
-def design_points(trials: int, fields: int) -> list[list[float]]: # (trials, fields) in (0, 1)
-    "The first points of the R_d sequence (Roberts 2018)."
+def design_points(trials: int, fields: int, # number of points and of coordinates
+                  design: str = "r_d", # "r_d" or "halton"
+                 ) -> list[list[float]]: # (trials, fields) in (0, 1)
+    "The first points of the R_d sequence (Roberts 2018), or of Halton's (1960) without its zero; neither is random."
+    if design == "halton":
+        from scipy.stats import qmc
+        return qmc.Halton(fields, scramble=False).fast_forward(1).random(trials).tolist()
     phi = 2.
     for _ in range(60): phi = (1 + phi) ** (1 / (fields + 1))
     return [[(.5 + (k + 1) * phi ** -(i + 1)) % 1 for i in range(fields)] for k in range(trials)]
 
-
+# %% ../nbs/01_foundations/07_profiles.ipynb #c15
 def trial_recipe(recipe: dict, # the row's own
                  space: dict[str, list], # field, or "outer.inner" -> range, as in `Search`
                  point: list[float], # in (0, 1), one number a field
@@ -182,11 +188,11 @@ def with_trials(profile: Profile) -> Profile:
     rows = {}
     for row, spec in profile.rows.items():
         space = profile.search.space(row)
-        for k, point in enumerate(design_points(profile.search.trials, len(space))):
+        for k, point in enumerate(design_points(profile.search.trials, len(space), profile.search.design)):
             rows[f"{row}_t{k}"] = spec.model_copy(update={"recipe": trial_recipe(spec.recipe, space, point)})
     return profile.model_copy(update={"rows": rows})
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c14
+# %% ../nbs/01_foundations/07_profiles.ipynb #c18
 def with_variants(profile: Profile) -> Profile:
     "Add `<row>_<field><value>` for each row that may vary and each value of `vary`."
     rows = {}
@@ -199,7 +205,7 @@ def with_variants(profile: Profile) -> Profile:
             rows[name] = spec.model_copy(update={"recipe": recipe, "label": label})
     return profile.model_copy(update={"rows": rows})
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c16
+# %% ../nbs/01_foundations/07_profiles.ipynb #c20
 def profile_names(root: Path | None = None) -> list[str]:
     "The profiles that this project has."
     return sorted(p.stem for p in ((root or project_root()) / "workflow/profiles").glob("*.yaml"))
@@ -221,7 +227,7 @@ def load_profile(name: str, # "quick", or the path of a YAML file
                          "name and file must agree and have letters, digits, _ and - only")
     return with_trials(with_variants(profile))
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c18
+# %% ../nbs/01_foundations/07_profiles.ipynb #c22
 def search_of(name: str, # of a profile, or of a search itself
               root: Path | None = None, # the project
              ) -> str: # the name of the search profile
@@ -233,7 +239,7 @@ def search_of(name: str, # of a profile, or of a search itself
         raise ValueError(f"profile {name!r} is tuned_by {profile.tuned_by!r}, which has no `search`")
     return profile.tuned_by
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c22
+# %% ../nbs/01_foundations/07_profiles.ipynb #c26
 def check_objective(recipe: dict) -> None:
     "Build a recipe's objective once, to see that its name and options are known."
     from dml_companion.objective import locate, options, unknown
@@ -272,7 +278,7 @@ def checked_recipes(profile: Profile) -> dict[str, dict]: # row -> recipe
         if not re.fullmatch(r"\w+", row): refuse(f"row {row!r} names a folder: use letters, digits and _ only")
     return {row: checked_recipe(profile, row) for row in profile.rows}
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c25
+# %% ../nbs/01_foundations/07_profiles.ipynb #c29
 class Parameter(NamedTuple):
     "One name in the parameters cell."
     default: str # as written
@@ -303,7 +309,7 @@ def parameters_of(notebook: str | Path) -> dict[str, Parameter]:
         for name in bound_names(s): found[name] = Parameter(ast.unparse(s.value), () if free else tuple(sorted(kinds)))
     return found
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c26
+# %% ../nbs/01_foundations/07_profiles.ipynb #c30
 def check_parameters(notebook: str | Path, # the file
                      parameters: dict[str, Any], # to be injected
                     ) -> None:
@@ -318,7 +324,7 @@ def check_parameters(notebook: str | Path, # the file
             raise ValueError(f"{name}: parameter {key} = {value!r} is {kind}, but must be {' or '.join(kinds)} "
                              f"(default {known[key].default})")
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c29
+# %% ../nbs/01_foundations/07_profiles.ipynb #c33
 class Job(Strict):
     "One notebook to execute."
     id: str # "train/glyphs/snca/s0-0123456789ab", "notebooks/quick/31_retrieval_table-0123456789ab"
@@ -341,7 +347,7 @@ class Job(Strict):
 
 STATES = ("finished", "running", "failed", "stale", "changed", "interrupted", "missing")
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c30
+# %% ../nbs/01_foundations/07_profiles.ipynb #c34
 def train_job(profile: Profile, row: str, seed: int, recipe: dict, # complete
               data: str, # data digest
               given: dict[str, Any], # parameters data and device
@@ -359,7 +365,7 @@ def labels_of(profile: Profile, rows: list[str] | None) -> dict[str, str]: # row
     "What tables call the rows, in the profile's order."
     return {r: spec.label or style_of(r)["label"] for r, spec in profile.rows.items() if rows is None or r in rows}
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c32
+# %% ../nbs/01_foundations/07_profiles.ipynb #c36
 def notebook_job(task: Task, profile: Profile, trained: list[Job], # the training jobs
                  given: dict[str, Any], # parameters data, device and figures
                  data: str, # digest of the profile's data
@@ -385,7 +391,7 @@ def notebook_job(task: Task, profile: Profile, trained: list[Job], # the trainin
                inputs=records, after=[j.output for j in (*runs, *read)], code=code,
                output=f"runs/notebooks/{id}.ipynb", log=f"runs/logs/{profile.name}/notebooks/{id}.log")
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c38
+# %% ../nbs/01_foundations/07_profiles.ipynb #c42
 def beside(output: str | Path, ending: str) -> Path:
     "The neighbour of an output: `x.ipynb` -> `x.<ending>`."
     return Path(output).with_suffix("." + ending)
@@ -420,7 +426,7 @@ def is_locked(path: Path) -> bool:
     if not path.exists(): return False
     with open(path, "r+" if os.access(path, os.W_OK) else "r") as file: return not take_lock(file)
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c40
+# %% ../nbs/01_foundations/07_profiles.ipynb #c44
 def difference(job: Job, old: Record) -> str:
     "Why a training run's id is not the old one's."
     keys = [k for k in {**old.recipe, **job.recipe} if canonical(old.recipe.get(k)) != canonical(job.recipe.get(k))]
@@ -452,7 +458,7 @@ def judge(job: Job, root: Path, ours: set[Path] = frozenset()) -> tuple[str, str
         return "interrupted", f"after epoch {at.get('epoch', '?')} of {at.get('epochs', '?')}"
     return ("stale", why) if (why := predecessor(job, root, ours)) else ("missing", "")
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c43
+# %% ../nbs/01_foundations/07_profiles.ipynb #c47
 class Plan(Strict):
     "All jobs of a profile, with what the Snakefile must know; lives in `runs/plans/<profile>.json`."
     profile: str
@@ -487,7 +493,7 @@ def refresh(plan: Plan, root: Path) -> Plan:
             left.add(job.output)
     return plan
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c44
+# %% ../nbs/01_foundations/07_profiles.ipynb #c48
 def data_digests(recipes: dict[str, dict], # row -> recipe
                  data: str | None, # folder of the data sets
                  weights: str | None = None, # file of pretrained weights
@@ -539,7 +545,7 @@ def check_notebooks(profile: Profile, recipes: dict[str, dict], given: dict[str,
     for row, recipe in recipes.items():
         check_parameters(root / profile.train, {**recipe, **given, "seed": 0, "row": row, "folder": ""})
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c45
+# %% ../nbs/01_foundations/07_profiles.ipynb #c49
 def plan(profile: Profile | str, # or its name
          data: str | None = None, # folder of the data sets
          device: str = "auto", # auto, cpu, cuda
@@ -574,7 +580,7 @@ def plan(profile: Profile | str, # or its name
                         runs_per_gpu=resources["runs_per_gpu"], threads=resources["threads_per_run"],
                         figures=shown["figures"], minutes=profile.minutes, python=sys.executable), root)
 
-# %% ../nbs/01_foundations/07_profiles.ipynb #c47
+# %% ../nbs/01_foundations/07_profiles.ipynb #c51
 def records_of(profile: str, # name of a profile
                data: str | None = None, # folder of the data sets
                root: Path | None = None, # the project

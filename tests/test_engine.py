@@ -310,6 +310,14 @@ def test_a_search_gives_every_row_the_same_points():
     assert rows["a_t0"].recipe["objective_options"]["squared"] is True and profile.rows["a"].recipe == {"objective_options": {"squared": True}}
 
 
+@pytest.mark.parametrize("design", ["r_d", "halton"])
+def test_a_design_is_fixed_inside_and_grows_by_adding_points(design):
+    points = P.design_points(12, 3, design)
+    assert all(0 < x < 1 for p in points for x in p) and points[:5] == P.design_points(5, 3, design)
+    assert len({round(p[0], 9) for p in points}) == 12
+    if design == "halton": assert [round(x, 6) for x in points[5]] == [.375, .222222, .24]        # 6 is 110, 20 and 11: read backwards
+
+
 def test_a_choice_takes_one_of_its_values_and_every_value_is_tried():
     search = P.Search(trials=12, own={"a": {"per_class": [2, 4, 8, "choice"]}})
     tried = [r.recipe["per_class"] for r in P.with_trials(P.Profile(name="s", rows={"a": P.Row()}, search=search)).rows.values()]
