@@ -95,7 +95,7 @@ def test_git_clone_line_is_the_project_s_address():
     settings.read(ROOT / "settings.ini")
     (line,) = [line for line in shell_lines() if line.startswith("git clone")]
     assert settings["DEFAULT"]["git_url"] in line
-    assert len(shell_lines()) == 3 + 5 + 2, "a new shell line wants a test here"
+    assert len(shell_lines()) == 3 + 6 + 2, "a new shell line wants a test here"
 
 
 def test_tables_are_the_committed_ones():
