@@ -279,7 +279,9 @@ def in_a_sentence() -> Iterator[None]:
 def as_split(text: str) -> float | str:
     "A fraction, or the name of a file."
     try: return float(text)
-    except ValueError: return text
+    except ValueError: pass
+    if Path(text).expanduser().is_file(): return text
+    raise ValueError(f"--split {text!r} is neither a fraction between 0 and 1 nor a file that lists classes")
 
 
 def confess(left_out: dict[str, int], skipped: dict[str, str]) -> None:
@@ -374,10 +376,17 @@ def report_training(done: dict, output: str) -> None:
 
 def as_options(words: list[str]) -> dict[str, object]:
     "Options given as name=value, values read as YAML does."
-    import yaml
+    import math, yaml
+    found = {}
     for w in words:
-        if "=" not in w: raise ValueError(f"--set {w!r}: write name=value, e.g. --set margin=0.5")
-    return {name.strip(): yaml.safe_load(value) for name, value in (w.split("=", 1) for w in words)}
+        name, given, value = w.partition("=")
+        if not given: raise ValueError(f"--set {w!r}: write name=value, e.g. --set margin=0.5")
+        try: found[name.strip()] = read = yaml.safe_load(value)
+        except yaml.YAMLError: raise ValueError(f"--set {w!r}: the value {value!r} cannot be read; write name=value, "
+                                                "e.g. --set margin=0.5") from None
+        if any(isinstance(x, float) and not math.isfinite(x) for x in (read if isinstance(read, list) else [read])):
+            raise ValueError(f"--set {w!r}: the value must be a finite number")
+    return found
 
 
 @app.command()

@@ -4,10 +4,11 @@
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c02
 from __future__ import annotations
-import glob, json, os, platform, re, shutil, warnings, zipfile
+import glob, json, os, platform, re, shutil, warnings, zipfile, zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -17,24 +18,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 import torch
+from pydantic import ValidationError
 from tqdm import tqdm
 from .datasets import (BrokenImage, Dataset, Files, IMAGE_ENDINGS, MissingData, Sides, Source, Split,
                                     assemble, ensure_pack, folder_files, hidden, image_classes, read_image, sha256_json,
                                     take_classes, unseen_classes, zip_files)
 from .encoders import Encoder, PRETRAINED, build_encoder, check_known, embed, fill
 from .objective import Objective, locate, options as accepted, unknown
-from .reproduction import file_digest, now, read_json, write_atomic, write_json_atomic
+from .reproduction import complaint, file_digest, now, read_json, write_atomic, write_json_atomic
 from .retrieval import evaluate, nearest
 from .training import Augment, Recipe, fit, pick_device, seed_everything
 
 # %% auto #0
-__all__ = ['PIECE', 'CLUSTERING', 'FRAMES', 'RATES', 'Photos', 'open_photos', 'strange_files', 'only', 'read_photo',
-           'read_photos', 'Model', 'model_digest', 'numbers_digest', 'named_model', 'save_model', 'load_model',
-           'empty_encoder', 'Embeddings', 'read_embeddings', 'embed_photos', 'embed_piece', 'read_piece', 'story',
-           'embed_to', 'writable', 'judge', 'model_of', 'Match', 'find_similar', 'read_query', 'row_of', 'neighbours',
-           'Tile', 'contact_sheet', 'draw_tile', 'tiles', 'random_sheet', 'spread', 'query_sheet', 'source_files',
-           'save_sheet', 'find_objective', 'needs_pairs', 'photo_recipe', 'photo_dataset', 'train_photos',
-           'judge_split', 'sound', 'finished', 'untrained', 'side']
+__all__ = ['OURS', 'PIECE', 'CLUSTERING', 'FRAMES', 'RATES', 'UNFINISHED', 'MARKER', 'Photos', 'open_photos', 'strange_files',
+           'only', 'read_photo', 'read_photos', 'Model', 'model_digest', 'numbers_digest', 'told_plainly',
+           'named_model', 'save_model', 'load_model', 'empty_encoder', 'Embeddings', 'read_embeddings', 'check_output',
+           'embed_photos', 'embed_piece', 'read_piece', 'story', 'embed_to', 'writable', 'judge', 'model_of', 'Match',
+           'find_similar', 'read_query', 'row_of', 'neighbours', 'Tile', 'contact_sheet', 'draw_tile', 'tiles',
+           'random_sheet', 'spread', 'query_sheet', 'source_files', 'save_sheet', 'find_objective', 'try_objective',
+           'shown_defaults', 'needs_pairs', 'photo_recipe', 'photo_dataset', 'train_photos', 'own_folder', 'unfinished',
+           'forget_unfinished', 'judge_split', 'sound', 'finished', 'untrained', 'side']
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c07
 class Photos(NamedTuple):
@@ -134,6 +137,15 @@ def numbers_digest(weights: torch.Tensor) -> str:
     from hashlib import sha256
     return sha256(weights.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    "Instead of the loader's advice, which is to trust the file, say what a file of weights must be."
+    try: yield
+    except ValueError as e:
+        file, found, _ = str(e).partition(" does not load with weights_only")
+        if not found: raise
+        raise ValueError(f"{file} cannot be read as weights: give a state dict of tensors, as torch.save writes it") from e
+
 def named_model(name: str = "efficientnet_lite0", # one of `encoders.ENCODERS`
                 size: int = 128, # side of the images in pixels
                 weights: str | Path | None = None, # file, for a pretrained net; None: the package's, or torch's cache
@@ -142,7 +154,8 @@ def named_model(name: str = "efficientnet_lite0", # one of `encoders.ENCODERS`
     pretrained = name in PRETRAINED
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(name, in_channels=3, size=size, pretrained=pretrained, weights=weights).eval()
+        with told_plainly():
+            encoder = build_encoder(name, in_channels=3, size=size, pretrained=pretrained, weights=weights).eval()
     spec = dict(encoder=name, size=size, dim=None, norm="none", options={})
     origin = dict(weights=str(Path(weights).resolve()) if weights else "ImageNet" if pretrained else "none")
     return Model(encoder, spec, model_digest(spec, encoder), origin, {})
@@ -220,12 +233,28 @@ def read_embeddings(path: str | Path) -> Embeddings:
     "Read what `Embeddings.save` wrote; ValueError says what is wrong with a file that is something else."
     path = Path(path).expanduser()
     if not path.is_file(): raise MissingData(f"{path} is not there: make it with `dml-companion embed`")
+    bad = lambda why: ValueError(f"{path} is no sound file of embeddings ({why}): make it with `dml-companion embed`")
+    if not zipfile.is_zipfile(path): raise bad("it is no .npz, or was cut short")
     try:
-        with np.load(path, allow_pickle=False) as f:
-            labels, story = f["labels"] if "labels" in f else None, json.loads(str(f["provenance"]))
-            return Embeddings(f["embeddings"], f["files"].tolist(), labels, f["class_names"].tolist(), story)
-    except (KeyError, ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{path} is no sound file of embeddings ({e}): make it with `dml-companion embed`") from e
+        with np.load(path, allow_pickle=False) as f: arrays = {k: f[k] for k in f.files}
+        if lost := OURS - arrays.keys(): raise bad(f"it lacks {', '.join(sorted(lost))}")
+        z, told = arrays["embeddings"], json.loads(str(arrays["provenance"]))
+    except json.JSONDecodeError as e: raise bad("its provenance is damaged") from e
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as e:
+        raise e if "no sound file" in str(e) else bad("it is damaged, or holds other things than numbers and text") from e
+    try: return Embeddings(z, arrays["files"].tolist(), arrays.get("labels"), arrays["class_names"].tolist(), told)
+    except (ValueError, TypeError, AttributeError) as e: raise bad(e if type(e) is ValueError else "odd types") from e
+
+OURS = {"embeddings", "files", "class_names", "provenance"} # what every file of embeddings holds
+
+def check_output(path: Path) -> None:
+    "Refuse to write embeddings over a folder or a file that is not itself one of embeddings."
+    if path.is_dir(): raise ValueError(f"{path} is a folder: name the file to write, e.g. {path / 'emb.npz'}")
+    if path.suffix != ".npz": raise ValueError(f"embeddings go into a file that ends in .npz, got {path}")
+    if not path.exists(): return
+    try: read_embeddings(path)
+    except ValueError as e:
+        raise ValueError(f"{path} is there and holds no sound embeddings: name another file, or remove it first") from e
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c24
 PIECE = 256 # images
@@ -286,8 +315,7 @@ def embed_to(path: str | Path, # the .npz to write
             ) -> Embeddings:
     "Embed photographs into a file; unfinished work waits beside it and is taken up by the next call."
     path = Path(path).expanduser()
-    if path.is_dir(): raise ValueError(f"{path} is a folder: name the file to write, e.g. {path / 'emb.npz'}")
-    writable(path.parent)
+    check_output(path); writable(path.parent)
     key = sha256_json([photos.files.fingerprint, photos.names, model.digest])[:16]
     pieces = path.with_name(f".{path.name}.{key}.unfinished")
     found = embed_photos(photos, model, pieces=pieces, **options)
@@ -435,6 +463,7 @@ def random_sheet(found: Embeddings,
                  root: str | Path | None = None, # where the photographs lie now; None: where they lay then
                 ) -> "matplotlib.figure.Figure": # noqa: F821
     "Random photographs and their nearest ones."
+    if seed < 0: raise ValueError(f"the seed of a sheet is a whole number from 0, got {seed}")
     files = source_files(found, root)
     chosen = spread(found, np.random.default_rng(seed).permutation(len(found)))[:queries]
     def row(q, matches):
@@ -493,6 +522,25 @@ def find_objective(name: str, # one of `objective.locate()`
         if option not in (known := accepted(cls)): raise unknown(f"option of {name}", option, known)
     return cls
 
+def try_objective(name: str, options: dict[str, Any], classes: int) -> None: # as in `find_objective`
+    "Build an objective and use it once; ValueError names the option whose value it cannot work with."
+    def fault(given):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                z, y = torch.randn(4, 8), torch.tensor([0, 0, 1, 1])
+                cls(num_classes=classes, dim=8, **given)(z, y)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as e: return e
+    cls = find_objective(name, options)
+    if not (e := fault(options)): return
+    guilty = next(({k: v} for k, v in options.items() if fault({k: v})), options)
+    told = ", ".join(f"{k}={v!r}" for k, v in guilty.items())
+    why = str(e).splitlines()[0] if isinstance(e, ValueError) else "it is not a value that can be computed with"
+    raise ValueError(f"{name} does not work with the option {told}: {why}. Its defaults: {shown_defaults(cls)}") from e
+
+def shown_defaults(cls: type[Objective]) -> str: # "margin=0.5, mining=0.1"
+    "The options of an objective with their defaults."
+    return ", ".join(f"{k}={v!r}" for k, v in accepted(cls).items()) or "it has no options"
+
 def needs_pairs(cls: type[Objective]) -> bool:
     "Does a loss own no vectors of classes, so that its batches must hold several images of a class?"
     return not cls.param_kind
@@ -521,11 +569,13 @@ def photo_recipe(sizes: np.ndarray, # images of each training class
         batches = dict(sampler="balanced", per_class=per_class, batch_size=classes * per_class)
     else: batches = dict(batch_size=max(2, min(batch_size, n // 4)))
     steps = epochs * max(1, n // batches["batch_size"])
-    lr = lr or (RATES.get(objective, RATES["pairs" if pairs else "classes"]) if pretrained else .1)
+    if lr is None: lr = RATES.get(objective, RATES["pairs" if pairs else "classes"]) if pretrained else .1
+    if not 0 < lr < float("inf"): raise ValueError(f"the learning rate must be a positive number, got {lr}")
     known = dict(dataset="folder", encoder=encoder, pretrained=pretrained, size=size, objective=objective, lr=lr,
                  objective_options=objective_options or {}, epochs=epochs, warmup=min(100, steps // 5),
                  augment=Augment(crop_scale=(.4, 1.), flip=flip))
-    return Recipe(**known | batches | fields)
+    try: return Recipe(**known | batches | fields)
+    except ValidationError as e: raise ValueError(complaint(e, Recipe)) from e
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c39
 def photo_dataset(photos: Photos, # with classes
@@ -571,7 +621,8 @@ def train_photos(root: str | Path | Photos, # the folder
     "Fine-tune an encoder on a folder, judge it on unseen classes before and after, save it; a finished model is kept."
     folder, photos = Path(folder).expanduser(), root if isinstance(root, Photos) else open_photos(root)
     size, cls, skipped = choices.get("size", 128), find_objective(objective, choices.get("objective_options") or {}), {}
-    writable(folder)
+    try_objective(objective, choices.get("objective_options") or {}, max(2, len(photos.class_names)))
+    own_folder(folder, photos); writable(folder)
     if skip_broken: photos, skipped = sound(photos, size)
     data, aside = photo_dataset(photos, size, split, choices.get("flip", True), needs_pairs(cls), progress)
     recipe = photo_recipe(np.bincount(data.train.labels), objective, **{"threads": torch.get_num_threads()} | choices)
@@ -580,15 +631,38 @@ def train_photos(root: str | Path | Photos, # the folder
     if (done := finished(folder, run)): return done
     before = judge_split(untrained(recipe, seed, weights), data.query, device)
     make = partial(cls, **recipe.objective_options)
-    result = fit(recipe, data, make, seed, folder / "training", device, progress, weights=weights)
+    result = fit(recipe, data, make, seed, unfinished(folder, run), device, progress, weights=weights)
     facts = dict(source=photos.files.where.name, train_images=len(data.train), unseen_images=len(data.query),
                  train_classes=data.train.class_names + aside, unseen_classes=data.query.class_names, set_aside=aside,
                  skipped=skipped, left_out=photos.left_out)
     spec = dict(encoder=recipe.encoder, size=size, dim=recipe.dim, norm=recipe.norm, options=recipe.encoder_options)
     save_model(folder, result.encoder, spec, run=run, data=facts, before=before, made=now(), history=result.history,
                after=judge_split(result.encoder, data.query, device), summary=result.summary)
-    shutil.rmtree(folder / "training", ignore_errors=True)
+    forget_unfinished(folder)
     return finished(folder, run)
+
+UNFINISHED, MARKER = ".unfinished-training", "made-by-dml-companion" # a hidden folder, and the file that says it is ours
+
+def own_folder(folder: Path, photos: Photos) -> None:
+    "Refuse to train into photographs or into a folder with anything in it that `train_photos` did not begin."
+    out, where = folder.resolve(), photos.files.where.resolve()
+    if out == where or out in where.parents or where in out.parents:
+        raise ValueError(f"the model cannot go into {folder}, which is, holds or lies in {photos.files.where}: "
+                         "name a new folder beside the photographs")
+    ours = (out / "model.json").is_file() or any(out.glob(f"{UNFINISHED}-*/{MARKER}"))
+    if out.is_dir() and not ours and (others := sorted(p.name for p in out.iterdir())):
+        raise ValueError(f"{folder} holds {others[0]!r}, which no training of ours left there: name a new or empty folder")
+
+def unfinished(folder: Path, run: dict) -> Path:
+    "Where the checkpoint of a run waits, a hidden folder of its own, marked as ours."
+    home = folder / f"{UNFINISHED}-{sha256_json(run)[:16]}"
+    home.mkdir(parents=True, exist_ok=True); (home / MARKER).touch()
+    return home
+
+def forget_unfinished(folder: Path) -> None:
+    "Remove the checkpoints that `unfinished` made, and nothing else."
+    for old in folder.glob(f"{UNFINISHED}-*"):
+        if (old / MARKER).is_file() and not old.is_symlink(): shutil.rmtree(old, ignore_errors=True)
 
 def judge_split(encoder: Encoder, split: Split, device: str) -> dict[str, float]: # as `judge`
     "Retrieval metrics of an encoder on a split."
@@ -615,8 +689,9 @@ def untrained(recipe: Recipe, seed: int, weights: str | Path | None = None) -> E
     "The encoder that a run starts from."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_encoder(recipe.encoder, recipe.dim, 3, recipe.size, recipe.norm, recipe.freeze_bn, recipe.dropout,
-                             recipe.pretrained, weights, **recipe.encoder_options)
+        with told_plainly():
+            return build_encoder(recipe.encoder, recipe.dim, 3, recipe.size, recipe.norm, recipe.freeze_bn,
+                                 recipe.dropout, recipe.pretrained, weights, **recipe.encoder_options)
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c44
 def side(photos: Photos,

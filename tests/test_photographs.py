@@ -428,7 +428,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(photos, tmp_path, m
         if epoch == 2: raise KeyboardInterrupt
     monkeypatch.setattr(P, "fit", lambda *a, **k: fit(*a, **k, observe=cut))
     assert "same command goes on" in run(*words, "-o", tmp_path / "cut", code=130)
-    assert not (tmp_path / "cut/model.json").exists() and (tmp_path / "cut/training/checkpoint.pt").exists()
+    assert not (tmp_path / "cut/model.json").exists() and len(list((tmp_path / "cut").glob(".unfinished-training-*/checkpoint.pt"))) == 1
     monkeypatch.setattr(P, "fit", fit)
     run(*words, "-o", tmp_path / "cut")
     assert P.load_model(tmp_path / "cut").digest == P.load_model(tmp_path / "whole").digest
@@ -454,6 +454,64 @@ def test_wrong_words_to_train(photos, tmp_path):
                        (("--set", "smoothing"), "name=value"), (("--encoder", "resnet"), "known: "), (("--split", "nowhere.txt"), "nowhere.txt")):
         assert say in refused("train", photos, "-o", tmp_path / "m", "--size", 32, *words), words
     assert not (tmp_path / "m/model.json").exists()
+
+
+def test_training_never_removes_or_writes_among_what_is_not_its_own(tmp_path):
+    "A class named `training`, an output in, on or around the photographs, a folder with something in it: all stay as they are."
+    home = tmp_path / "home"
+    photos = album(home / "phot", ("training", "cats", "dogs", "cows"))
+    (home / "full").mkdir(); (home / "full/thesis.txt").write_text("years")
+    (home / "full/.unfinished-training-0").mkdir()                                       # the name alone is no marker
+    whole = lambda: {p: p.read_bytes() if p.is_file() else None for p in home.rglob("*")}
+    before, words = whole(), ("train", photos, "--encoder", "convnet", "--size", 32, "--epochs", 1)
+    for out in ("phot", "phot/model", "phot/training", ".", "full"):
+        assert "name a new" in refused(*words, "-o", home / out), out
+    assert whole() == before
+    run(*words, "-o", home / "new")
+    assert {p: b for p, b in whole().items() if home / "new" not in (p, *p.parents)} == before
+    (home / "new/training").mkdir(); (home / "new/training/notes.txt").write_text("mine")
+    run(*words, "-o", home / "new")
+    assert (home / "new/training/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("options, words", [
+    (["mining=abc"], "mining='abc'"), (["mining=[1"], "cannot be read"), (["mining=.nan"], "finite"), (["mining=.inf"], "finite"),
+    (["mining=[1, 2]"], "mining=[1, 2]"), (["alpha=2", "mining={a: 1}"], "mining={'a': 1}")])
+def test_a_value_that_an_option_cannot_have_is_named(photos, tmp_path, options, words):
+    given = [w for o in options for w in ("--set", o)]
+    text = refused("train", photos, "-o", tmp_path / "m", "--encoder", "convnet", "--objective", "multi_similarity", "--size", 32, *given)
+    assert words in text and "mining" in text and "alpha=2:" not in text and not (tmp_path / "m").exists()
+
+
+def test_every_objective_works_with_its_own_defaults():
+    from dml_companion.objective import locate
+    for name in locate(): P.try_objective(name, {}, 5)
+
+
+def test_errors_are_in_our_words(shelf, photos, tmp_path):
+    (tmp_path / "gen.py").write_text("print(1)"); np.save(tmp_path / "x.npy", np.ones(3))
+    train = ("train", photos, "-o", tmp_path / "m", "--size", 32)
+    lite = () if not __import__("importlib.util").util.find_spec("timm") else (
+        (("embed", photos, "-o", tmp_path / "e.npz", "--weights", tmp_path / "gen.py"), "gen.py cannot be read as weights"),
+        ((*train, "--weights", tmp_path / "gen.py"), "gen.py cannot be read as weights"))
+    for words, say in (*lite, (("evaluate", tmp_path / "gen.py"), "it is no .npz"), (("evaluate", tmp_path / "x.npy"), "it is no .npz"),
+                       (("sheet", "-i", shelf / "emb.npz", "-o", tmp_path / "s.png", "--seed", -1), "from 0, got -1"),
+                       ((*train, "--encoder", "convnet", "--lr", -1), "positive number, got -1"), ((*train, "--encoder", "convnet", "--lr", 0), "positive number, got 0"),
+                       ((*train, "--encoder", "convnet", "--split", "0.5x"), "'0.5x' is neither a fraction between 0 and 1 nor a file")):
+        text = refused(*words)
+        assert say in text and not any(w in text for w in ("pydantic", "http", "weights_only", "pickle")), text
+    with pytest.raises(ValueError, match="^dropout: .*less than 1, got '2.0'$"): P.photo_recipe(np.array([9, 9]), encoder="convnet", dropout=2.)
+
+
+def test_embed_overwrites_its_own_files_only(photos, tmp_path):
+    (tmp_path / "keep.py").write_text("precious"); (tmp_path / "keep.npz").write_text("precious")
+    np.savez(tmp_path / "data.npz", embeddings=np.ones(3))
+    for name, say in (("keep.py", "ends in .npz"), ("keep.npz", "is there"), ("data.npz", "is there")):
+        before = (tmp_path / name).read_bytes()
+        assert say in refused("embed", photos, "-o", tmp_path / name, "--encoder", "pixels", "--size", 16)
+        assert (tmp_path / name).read_bytes() == before
+    for size in (16, 24): run("embed", photos, "-o", tmp_path / "e.npz", "--encoder", "pixels", "--size", size)
+    assert P.read_embeddings(tmp_path / "e.npz").embeddings.shape[1] == 3 * 24 * 24
 
 
 # ---- search and sheets
