@@ -24,9 +24,9 @@ __all__ = ['OFFICIAL', 'ARCHIVES', 'CUB', 'SOP', 'LAYOUTS', 'FOLDERS', 'FACTS', 
            'PACKED_AS', 'Counts', 'WrongData', 'expecting', 'Part', 'packed', 'Facts', 'Found', 'look', 'find',
            'Listing', 'unsafe_tar_member', 'tar_members', 'unpack', 'kept_listing', 'keep_listing', 'tar_files',
            'Place', 'folder_place', 'archive_place', 'place', 'joined', 'Census', 'counts', 'check', 'squeezed',
-           'pack_census', 'rows', 'number', 'cub', 'read_mat', 'car_rows', 'cars_census', 'cars196', 'sop',
-           'inshop_census', 'inshop', 'NotPrepared', 'packs_on_disk', 'standing_pack', 'watching', 'Prepared',
-           'prepare', 'verify', 'Line', 'inventory', 'pack_bytes', 'card']
+           'pack_census', 'rows', 'number', 'cub', 'read_mat', 'car_rows', 'car_models', 'cars_census', 'cars196',
+           'sop', 'inshop_census', 'inshop', 'NotPrepared', 'packs_on_disk', 'pack_folder', 'remove_pack',
+           'standing_pack', 'watching', 'Prepared', 'prepare', 'verify', 'Line', 'inventory', 'pack_bytes', 'card']
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c05
 class Counts(NamedTuple):
@@ -123,7 +123,8 @@ FACTS: dict[str, Facts] = {
         {"Stanford_Online_Products.zip": "7f73d41a2f44250d4779881525aea32e"}),
     "inshop": Facts(
         "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html",
-        "non-commercial research and education", 52712, 7982, "Img/img.zip and Eval/list_eval_partition.txt",
+        "non-commercial research and education", 52712, 7982,
+        "Img/img.zip and Eval/list_eval_partition.txt (size not confirmed)",
         """    DML_DATA/inshop/Eval/list_eval_partition.txt   (or beside Img/)
     DML_DATA/inshop/Img/img.zip   or unpacked:   DML_DATA/inshop/Img/img/"""),
     "glyphs": Facts("the DejaVu fonts inside matplotlib", "Bitstream Vera; DejaVu's changes: public domain",
@@ -312,6 +313,7 @@ class Census(NamedTuple):
     labels: np.ndarray # (n,) class of each image, 0..K-1
     class_names: list[str]
     side: np.ndarray # (n,) TRAIN, QUERY or GALLERY
+    notes: str | Path = "" # the annotations, where they lie apart from the images
 
 def counts(census: Census) -> Counts:
     "The counts of a census."
@@ -320,14 +322,15 @@ def counts(census: Census) -> Counts:
 
 def check(name: str, census: Census) -> Files:
     "Refuse what is not the official set, before any image is decoded: `WrongData`, or `MissingData` for absent files."
+    said = census.notes or census.place.where
     if (found := counts(census)) != OFFICIAL[name]:
-        raise WrongData(f"{name}: {census.place.where} lists {found}; the official set has {OFFICIAL[name]}: "
+        raise WrongData(f"{name}: {said} lists {found}; the official set has {OFFICIAL[name]}: "
                         f"fetch it again from {FACTS[name].page}")
     names = set(census.names)
-    if len(names) < len(census.names): raise WrongData(f"{name}: {census.place.where} lists an image more than once")
+    if len(names) < len(census.names): raise WrongData(f"{name}: {said} lists an image more than once")
     for n in names:
         if n.startswith("/") or ".." in n.split("/") or ":" in n.split("/")[0]:
-            raise WrongData(f"{name}: {census.place.where} lists the image {n!r}, which is not below the folder")
+            raise WrongData(f"{name}: {said} lists the image {n!r}, which is not below the folder")
     files = census.place.files(census.names)
     if absent := len(names) - len(files.names):
         there = set(files.names)
@@ -426,23 +429,30 @@ def car_rows(place: Place, name: str, column: str, # the field with the file nam
     try: return [(str(a[column]), int(a["class"])) for a in found]
     except (TypeError, ValueError) as e: raise WrongData(f"{name} in {place.where}: a class is no number ({e})") from e
 
+def car_models(place: Place, name: str) -> list[str]:
+    "The names of the classes, from the Cars196 file that holds them."
+    found = read_mat(place, name).get("class_names")
+    names = [] if found is None or isinstance(found, dict) else np.ravel(found).tolist()
+    if not names or not all(isinstance(n, str) for n in names):
+        raise WrongData(f"{name} in {place.where} has no names of classes (field 'class_names'): fetch it again")
+    return [n.strip() for n in names]
+
 def cars_census(root: Path | None, cache: str | Path | None, progress: bool) -> Census:
     "Cars196 in either official layout."
     notes, *parts = find("cars196", root)
     if len(parts) == 1:
         notes, at = folder_place(notes.parent), place(parts[0], "car_ims", cache, progress)
         images = [(n.removeprefix("car_ims/"), y) for n, y in car_rows(notes, "cars_annos.mat", "relative_im_path")]
-        names = read_mat(notes, "cars_annos.mat")["class_names"]
+        names, said = car_models(notes, "cars_annos.mat"), notes.where / "cars_annos.mat"
     else:
         notes = place(notes, "devkit", cache, progress)
         at = joined({s: place(p, s, cache, progress) for s, p in zip(("cars_train", "cars_test"), parts[1:])})
         images = [(f"cars_train/{n}", y) for n, y in car_rows(notes, "cars_train_annos.mat", "fname")]
         images += [(f"cars_test/{n}", y) for n, y in car_rows(folder_place(parts[0].parent), parts[0].name, "fname")]
-        names = read_mat(notes, "cars_meta.mat")["class_names"]
-    names = [str(n).strip() for n in np.atleast_1d(names)]
+        names, said = car_models(notes, "cars_meta.mat"), f"{notes.where} with {parts[0]}"
     y = np.array([number(str(y), f"cars196: class of {n}", 1, len(names)) - 1 for n, y in images], dtype=np.int64)
     side = np.where(y < OFFICIAL["cars196"].train_classes, TRAIN, QUERY)
-    return Census(at, [n for n, _ in images], y, names, side)
+    return Census(at, [n for n, _ in images], y, names, side, said)
 
 @dataset("cars196", "cars: 98 models to train on, 98 unseen (Stanford Cars); fetch it", 256)
 def cars196(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
@@ -485,7 +495,7 @@ def inshop_census(root: Path | None, cache: str | Path | None, progress: bool) -
     if odd := asked ^ held: raise WrongData(f"{notes}: garment {min(odd)} is not in both query and gallery")
     order = {c: i for i, c in enumerate([*seen, *unseen])}
     return Census(at, [n.removeprefix("img/") for n, _, _ in found], np.array([order[c] for _, c, _ in found]),
-                  list(order), np.array([sides[s] for _, _, s in found]))
+                  list(order), np.array([sides[s] for _, _, s in found]), notes)
 
 @dataset("inshop", "clothes: 3,997 garments to train on, 3,985 unseen, with a gallery (In-Shop); fetch it", 256)
 def inshop(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
@@ -506,20 +516,32 @@ def packs_on_disk(cache: str | Path | None = None) -> dict[Path, dict]: # folder
         except (OSError, ValueError): found[file.parent] = {}
     return found
 
+def pack_folder(source: Source, cache: str | Path | None = None) -> Path:
+    "The folder in which `ensure_pack` keeps the pack of a source."
+    key = sha256_json([PACK_FORMAT, source.name, source.fingerprint, list(source.shape)])[:16]
+    return cache_folder(cache) / f"{source.name}-{source.shape[1]}px-{key}"
+
+def remove_pack(folder: Path) -> None:
+    "Remove a pack, but not while another process builds it."
+    if not folder.is_dir(): return
+    (folder.parent / ".locks").mkdir(exist_ok=True)
+    with FileLock(folder.parent / ".locks" / folder.name): shutil.rmtree(folder)
+
 def standing_pack(source: Source, cache: str | Path | None = None) -> Pack:
     "The pack of a source if there is one; raises `NotPrepared` or `BrokenPack`, and writes nothing."
-    key = sha256_json([PACK_FORMAT, source.name, source.fingerprint, list(source.shape)])[:16]
-    folder = cache_folder(cache) / f"{source.name}-{source.shape[1]}px-{key}"      # the name that `ensure_pack` gives
+    folder = pack_folder(source, cache)
     if folder.exists(): return open_pack(folder)
     raise NotPrepared(f"there is no pack of these files at {source.shape[1]} px in {cache_folder(cache).resolve()}: "
                       f"run `dml-companion data prepare` first")
 
 @contextmanager
 def watching(open_only: bool = False, # write no pack; where there is none, raise `NotPrepared`
+             again: bool = False, # remove the pack first
             ) -> Iterator[list[Pack]]: # filled with what is opened
     "The packs that `load` opens inside a `with` block."
     ensure, seen = datasets.ensure_pack, []
     def watched(source, cache=None, progress=True):
+        if again: remove_pack(pack_folder(source, cache))
         seen.append(standing_pack(source, cache) if open_only else ensure(source, cache, progress))
         return seen[-1]
     datasets.ensure_pack = watched
@@ -533,11 +555,12 @@ class Prepared(NamedTuple):
     new: bool # was it packed just now?
 
 def prepare(name: str, root: str | Path | None = None, size: int | None = None, cache: str | Path | None = None,
-            progress: bool = True) -> Prepared: # arguments as in `load`
+            progress: bool = True, again: bool = False, # arguments as in `load`; again: build the pack anew
+           ) -> Prepared:
     "Check a set's files and turn them into a pack, or open the one that is there; goes on where it was killed."
     stamp = lambda folder: (folder / "meta.json").stat().st_mtime_ns
     before = {folder: stamp(folder) for folder in packs_on_disk(cache)}
-    with watching() as seen: data = datasets.load(name, root, size, cache, progress)
+    with watching(again=again) as seen: data = datasets.load(name, root, size, cache, progress)
     return Prepared(data, seen[0], before.get(seen[0].folder) != stamp(seen[0].folder))
 
 def verify(name: str, root: str | Path | None = None, size: int | None = None, cache: str | Path | None = None,
@@ -550,7 +573,8 @@ def verify(name: str, root: str | Path | None = None, size: int | None = None, c
     n = len(seen[0].images)
     verify_pack(seen[0], tqdm(range(n), f"verifying {name}", disable=not progress, unit=" images"))
     if digest is not None and not data.digest.startswith(digest.lower()):
-        raise WrongData(f"{name} has the digest {data.digest}, not {digest!r}")
+        raise WrongData(f"{name} has the digest {data.digest}, not {digest!r}: its pack is sound, so these are other "
+                        "files, or another size")
     return Prepared(data, seen[0], False)
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c40

@@ -11,7 +11,7 @@ __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', '
            'reproduce', 'tune', 'own_cores', 'find_cluster', 'preview', 'run_plan', 'place', 'polite_signals', 'report',
            'line_of', 'bar', 'watch', 'wait', 'in_a_sentence', 'as_split', 'confess', 'embed', 'evaluate', 'scoreboard',
            'train', 'report_training', 'as_options', 'search', 'sheet', 'objectives', 'data_list', 'data_prepare',
-           'data_verify', 'job', 'main']
+           'again_line', 'data_verify', 'job', 'main']
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c02
 import os, shlex, signal, time
@@ -464,12 +464,13 @@ def data_list(name: Annotated[Optional[str], typer.Argument(help="All about one 
 
 
 @data_app.command("prepare")
-def data_prepare(name: NameArgument, data: DataOption = None, size: SizeOption = None, cache: CacheOption = None) -> None:
+def data_prepare(name: NameArgument, data: DataOption = None, size: SizeOption = None, cache: CacheOption = None,
+                 again: Annotated[bool, typer.Option("--again", help="Remove the pack and build it anew.")] = False) -> None:
     "Check a data set and pack its images. Stop it when you like: the same command goes on from there."
     from dml_companion.benchmarks import prepare
     polite_signals()
     started = time.monotonic()
-    try: done = prepare(name, data, size, cache, err.is_terminal)
+    try: done = prepare(name, data, size, cache, err.is_terminal, again)
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from here", err)
         raise typer.Exit(130)
@@ -477,6 +478,13 @@ def data_prepare(name: NameArgument, data: DataOption = None, size: SizeOption =
     how = f"prepared in {time.monotonic() - started:.0f} s" if done.new else "already prepared"
     say(f"{how}: {len(done.pack.images):,} images, {done.pack.images.nbytes / 1e9:.2g} GB, in {done.pack.folder}")
     say(f"{done.data}\ndigest {done.data.digest}")
+
+
+def again_line(name: str, data: str | None, size: int | None, cache: str | None) -> str:
+    "The command that builds a pack anew."
+    given = {"--data": data, "--size": size, "--cache": cache}
+    words = [str(w) for option, value in given.items() if value is not None for w in (option, value)]
+    return shlex.join(["dml-companion", "data", "prepare", name, *words, "--again"])
 
 
 @data_app.command("verify")
@@ -487,6 +495,7 @@ def data_verify(name: NameArgument, data: DataOption = None, size: SizeOption = 
     try: done = verify(name, data, size, cache, digest, err.is_terminal)
     except (BadArchive, BrokenPack, WrongData) as e:
         say(f"wrong: {e}", err)
+        if isinstance(e, BrokenPack): say(f"to build the pack anew: {again_line(name, data, size, cache)}", err)
         raise typer.Exit(1)
     except (ValueError, OSError, ModuleNotFoundError) as e: give_up(e)
     say(f"right: {len(done.pack.images):,} images have their hash, in {done.pack.folder}\n{done.data}\ndigest {done.data.digest}")

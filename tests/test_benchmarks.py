@@ -1,5 +1,5 @@
 "The four benchmarks: official layouts, folders and archives, counts as a gate, hostile files, packs that resume and are judged."
-import io, json, os, signal, subprocess, sys, tarfile, time, zipfile
+import io, json, os, re, signal, subprocess, sys, tarfile, time, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -231,12 +231,28 @@ def test_cars_without_test_labels(tmp_path):
 
 @pytest.mark.parametrize("bad,message", [
     (lambda: b"no matlab", "is no sound Matlab file"), (lambda: mat(something=1), "has no annotations"),
+    (lambda: mat(annotations=records([dict(relative_im_path="car_ims/000001.jpg", **{"class": 1})] * 12)), "cars_annos.mat in .* 'class_names'"),
+    (lambda: mat(annotations=records([dict(relative_im_path="car_ims/000001.jpg", **{"class": 1})] * 12), class_names=np.ones(4)), "cars_annos.mat in .* 'class_names'"),
     (lambda: mat(annotations=records([dict(fname="1.jpg", **{"class": 1})] * 12), class_names=MODELS), "relative_im_path"),
     (lambda: mat(annotations=records([dict(relative_im_path="car_ims/000001.jpg", **{"class": 9})] * 12), class_names=MODELS), "not a number from 1 to 4"),
     (lambda: mat(annotations=records([dict(relative_im_path="car_ims/000001.jpg", **{"class": []})] * 12), class_names=MODELS), "a class is no number")])
 def test_bad_matlab_files(bad, message, tmp_path):
     root = grow(tmp_path, cars_tree() | {"cars_annos.mat": bad()})
     with pytest.raises(WrongData, match=message): opened("cars196", root)
+
+def test_a_devkit_without_names_of_classes(tmp_path):
+    root = grow(tmp_path, challenge_tree() | {"devkit/cars_meta.mat": mat(something=1)})
+    with pytest.raises(WrongData, match="cars_meta.mat in .*devkit has no names of classes"): opened("cars196", root)
+    code, text = command("data", "prepare", "cars196", "--data", root, name="cars196")
+    assert code == 2 and text.startswith("error: cars_meta.mat")
+
+@pytest.mark.parametrize("name,tree,stem,file", [("inshop", inshop_tree, "Img/img", "list_eval_partition.txt"), ("cars196", cars_tree, "car_ims", "cars_annos.mat"),
+                                                 ("cars196", challenge_tree, "cars_train", "cars_test_annos_withlabels.mat")])
+def test_wrong_counts_name_the_annotations_not_the_images(name, tree, stem, file, tmp_path):
+    root = grow(tmp_path, tree())
+    archive = pack_up(root / Path(stem).parent, Path(stem).name, ".zip")
+    with pytest.raises(WrongData, match=f"{file} lists ") as e: opened(name, root, counts=TINY[name]._replace(train=1))
+    assert archive.name not in str(e.value)
 
 def test_without_scipy_the_message_says_what_to_install(tmp_path, monkeypatch):
     root = grow(tmp_path, cars_tree())
@@ -502,6 +518,29 @@ def test_verify_sees_one_flipped_byte_and_repairs_nothing(file, at, tmp_path):
     with pytest.warns(UserWarning, match="building it again"): code, text = command("data", "prepare", "cub", *options, name="cub")
     assert code == 0 and text.startswith("prepared in ")
     assert command("data", "verify", "cub", *options, name="cub")[0] == 0
+
+def test_what_verify_refuses_is_built_anew_on_request(tmp_path):
+    "A flipped byte that opening the pack does not see: `prepare` finds nothing to do, `prepare --again`, as printed, does."
+    import shlex
+    root, packs = grow(tmp_path, cub_tree(4, 16)), tmp_path / "p a c k s"
+    options = ["--data", root, "--cache", packs, "--size", 16]
+    with expecting("cub", Counts(32, 2, 32, 2)):
+        good = prepare("cub", root, 16, packs, progress=False)
+        path, size = good.pack.folder / "images.npy", 3 * 16 * 16
+        target = next(i for i in range(64) if i not in set(np.linspace(0, 63, 16).astype(int)))
+        content = bytearray(path.read_bytes()); content[len(content) - (64 - target) * size] ^= 1; path.write_bytes(content)
+        code, text = command("data", "verify", "cub", *options)
+        assert code == 1 and command("data", "prepare", "cub", *options)[1].startswith("already prepared")
+        words = shlex.split(text.splitlines()[-1].split(": dml-companion ")[1])
+        code, text = command(*words)
+        assert code == 0 and text.startswith("prepared in ") and good.data.digest in text and words[-1] == "--again"
+        assert command("data", "verify", "cub", *options)[0] == 0
+        code, text = command("data", "verify", "cub", *options, "--digest", "0" * 8)
+        assert code == 1 and "--again" not in text and "other files, or another size" in text
+
+def test_unknown_sizes_are_said_to_be_unknown():
+    assert "size not confirmed" in command("data", "list", "inshop")[1]
+    for name, f in B.FACTS.items(): assert name in ("glyphs", "folder") or re.search(r"[MG]B\)|not confirmed", f.download + f.help), name
 
 def test_verify_reads_every_image(tmp_path):
     "Opening a pack looks at sixteen images; of 64 it misses most."
