@@ -9,9 +9,9 @@ __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', '
            'NeighboursOption', 'SideOption', 'SetOption', 'RateOption', 'data_app', 'NameArgument', 'SizeOption',
            'CacheOption', 'DigestOption', 'say', 'give_up', 'make_plan', 'version', 'overview', 'counts', 'status',
            'reproduce', 'tune', 'own_cores', 'find_cluster', 'preview', 'run_plan', 'place', 'polite_signals', 'report',
-           'line_of', 'bar', 'watch', 'wait', 'in_a_sentence', 'as_split', 'confess', 'embed', 'evaluate', 'scoreboard',
-           'train', 'report_training', 'as_options', 'search', 'sheet', 'objectives', 'data_list', 'data_prepare',
-           'again_line', 'data_verify', 'job', 'main']
+           'line_of', 'bar', 'watch', 'wait', 'in_a_sentence', 'as_split', 'confess', 'embed', 'evaluate', 'some',
+           'scoreboard', 'train', 'report_training', 'as_options', 'search', 'sheet', 'objectives', 'data_list',
+           'data_prepare', 'again_line', 'data_verify', 'job', 'main']
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c02
 import os, shlex, signal, time
@@ -265,14 +265,15 @@ RateOption = Annotated[Optional[float], typer.Option("--lr", help="Learning rate
 
 
 @contextmanager
-def in_a_sentence() -> Iterator[None]:
-    "Expected errors end with one sentence and exit code 2, Ctrl-C with 130; the same command goes on from there."
+def in_a_sentence(resumes: bool = False, # does the same command go on where it was stopped?
+                 ) -> Iterator[None]:
+    "Expected errors end with one sentence and exit code 2, Ctrl-C with 130."
     from dml_companion.training import Collapsed
     polite_signals()
     try: yield
     except (ValueError, OSError, ImportError, Collapsed) as e: give_up(e)
     except KeyboardInterrupt:
-        say("\nstopped; the same command goes on from here", err)
+        say("\nstopped; the same command goes on from here" if resumes else "\nstopped", err)
         raise typer.Exit(130)
 
 
@@ -299,7 +300,7 @@ def embed(folder: FolderArgument,
           which: Annotated[str, typer.Option("--which", help="all, train or unseen classes.")] = "all",
           split: SplitOption = "0.5", skip_broken: SkipOption = False, device: DeviceOption = "auto") -> None:
     "Embeddings of a folder of photographs, as an .npz that numpy reads."
-    with in_a_sentence():
+    with in_a_sentence(resumes=True):
         from dml_companion import photographs as P
         photos, start = P.open_photos(folder), time.monotonic()
         net = P.load_model(model, size) if model else P.named_model(encoder, size or 128, weights)
@@ -321,8 +322,13 @@ def evaluate(files: Annotated[list[str], typer.Argument(help="Embeddings, as `em
         scores = {f: P.judge(P.read_embeddings(f), nmi) for f in files}
         out.print(scoreboard(scores))
         for f, s in scores.items():
-            single = f"; {s['single']:,} classes have one image, which is no query" if s["single"] else ""
+            single = f"; {some(s['single'], 'class has', 'classes have')} one image, which is no query" if s["single"] else ""
             say(f"{f}: {s['images']:,} images of {s['classes']:,} classes{single}")
+
+
+def some(n: int, one: str, more: str) -> str:
+    "A number and its noun."
+    return f"{n:,} {one if n == 1 else more}"
 
 
 def scoreboard(scores: dict[str, dict]) -> Table:
@@ -352,7 +358,7 @@ def train(folder: FolderArgument,
           split: SplitOption = "0.5", skip_broken: SkipOption = False, seed: Annotated[int, typer.Option()] = 0,
           device: DeviceOption = "auto") -> None:
     "Fine-tune an encoder on half of the classes, judge it on the other half before and after, and save it."
-    with in_a_sentence():
+    with in_a_sentence(resumes=True):
         from dml_companion import photographs as P
         choices = dict(objective_options=as_options(set_ or []), encoder=encoder, epochs=epochs, lr=lr, size=size or 128,
                        batch_size=batch_size, flip=flip)
@@ -410,7 +416,8 @@ def search(query: Annotated[str, typer.Argument(help="An image file.")], file: F
 def sheet(file: FileOption = "emb.npz",
           output: Annotated[str, typer.Option("--output", "-o", help=".png, .pdf or .svg.")] = "sheet.png",
           queries: Annotated[int, typer.Option("--queries", min=1, max=50, help="How many random photographs.")] = 6,
-          k: NeighboursOption = 8, seed: Annotated[int, typer.Option(help="Another seed, other photographs.")] = 0,
+          k: Annotated[int, typer.Option("-k", min=1, max=50, help="How many neighbours.")] = 8,
+          seed: Annotated[int, typer.Option(help="Another seed, other photographs.")] = 0,
           photos: PhotosOption = None) -> None:
     "A contact sheet: random photographs and their nearest ones, hits and misses marked."
     with in_a_sentence():

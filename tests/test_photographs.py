@@ -311,7 +311,7 @@ def test_two_thousand_classes_are_quick(tmp_path):
     start = time.process_time()
     run("embed", root, "-o", tmp_path / "e.npz", "--encoder", "pixels", "--size", 16)
     text = run("evaluate", tmp_path / "e.npz", "--no-nmi")
-    assert "3,999 images of 2,000 classes; 1 classes have one image" in text and "1.000" in text
+    assert "3,999 images of 2,000 classes; 1 class has one image" in text and "1.000" in text
     text = run("train", root, "-o", tmp_path / "m", "--objective", "contrastive", "--encoder", "convnet", "--size", 16, "--epochs", 1)
     assert "in batches of 64 images, 2 of a class" in text
     run("sheet", "-i", tmp_path / "e.npz", "-o", tmp_path / "s.png", "--queries", 2)
@@ -562,6 +562,10 @@ def test_a_sheet_tells_hits_from_misses_without_colour(shelf, tmp_path):
     assert Image.open(tmp_path / "s.png").size[0] > 900
     run("search", shelf / "photos/cats/Foto 0.png", "-i", shelf / "emb.npz", "-k", 3, "--sheet", tmp_path / "q.pdf")
     assert (tmp_path / "q.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.MonkeyPatch.context() as patch:                                          # drawing does not resume, so nobody says so
+        patch.setattr(P, "random_sheet", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("sheet", "-i", shelf / "emb.npz", "-o", tmp_path / "s.png", code=130).strip() == "stopped"
+    assert "50" in run("sheet", "-i", shelf / "emb.npz", "-o", tmp_path / "s.png", "-k", 51, code=2)
     assert "ending of a sheet" in refused("sheet", "-i", shelf / "emb.npz", "-o", tmp_path / "s.jpeg2")
 
 
