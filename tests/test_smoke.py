@@ -155,7 +155,7 @@ def test_one_run_alone_with_papermill(project, tmp_path):
 
 
 def test_a_trial_that_collapses_is_a_result_of_a_search_and_never_sees_test_classes(project, tmp_path):
-    words = ["-p", "lr", "1e12", "-p", "epochs", "1", "-p", "evaluate_on", "validation", "-p", "folder", str(tmp_path / "run"),
+    words = ["-p", "lr", "1e12", "-p", "epochs", "3", "-p", "batch_size", "32", "-p", "evaluate_on", "validation", "-p", "folder", str(tmp_path / "run"),
              "-y", "{data_options: {max_train_classes: 32, max_test_classes: 24}, encoder_options: {width: 8}, validation: 0.25, warmup: 0}"]
     done = subprocess.run([sys.executable, "-m", "papermill", "nbs/04_experiments/30_train.ipynb", str(tmp_path / "out.ipynb"), *words], cwd=project[0],
                           env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
