@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'BASIC', 'STATES', 'NO_LOCKS', 'Strict', 'DataChoice', 'Row', 'Task', 'Search', 'bad_range', 'Resources',
-           'Profile', 'seeds_of', 'every_seed', 'read_yaml', 'design_points', 'trial_recipe', 'placed', 'with_trials',
-           'with_variants', 'profile_names', 'load_profile', 'search_of', 'check_objective', 'checked_recipe',
-           'checked_recipes', 'unequal', 'Parameter', 'annotated', 'parameters_of', 'check_parameters', 'Job',
-           'train_job', 'labels_of', 'notebook_job', 'beside', 'spoilt', 'take_lock', 'is_locked', 'difference',
-           'predecessor', 'judge', 'Plan', 'refresh', 'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks',
-           'plan', 'records_of']
+           'Keeps', 'Profile', 'seeds_of', 'every_seed', 'read_yaml', 'design_points', 'trial_recipe', 'placed',
+           'with_trials', 'with_variants', 'profile_names', 'load_profile', 'search_of', 'check_objective',
+           'checked_recipe', 'checked_recipes', 'unequal', 'Parameter', 'annotated', 'parameters_of',
+           'check_parameters', 'Job', 'train_job', 'labels_of', 'notebook_job', 'beside', 'spoilt', 'take_lock',
+           'is_locked', 'difference', 'predecessor', 'judge', 'Plan', 'refresh', 'data_digests', 'check_on_data',
+           'gpu_count', 'check_notebooks', 'plan', 'records_of']
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c02
 import ast, errno, fcntl, os, re, sys
@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .reproduction import (Record, TRAIN_NOTEBOOK, bound_names, canonical, cell_code, code_cells,
+from .reproduction import (KEEPS, Record, TRAIN_NOTEBOOK, bound_names, canonical, cell_code, code_cells,
     complaint, digest, file_digest, identify, load_record, nearest_name, notebook_digest, package_folder, project_root,
     read_json, relative, style_of, train_digest)
 
@@ -93,6 +93,12 @@ class Resources(Strict):
     runs_per_gpu: int = Field(4, ge=1) # runs at once on one GPU
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c07
+class Keeps(Strict):
+    "What a training run looks at and keeps besides its last numbers; defaults as in `reproduction.KEEPS`."
+    watch_test: bool = KEEPS["watch_test"] # Recall@1 of the test classes after each epoch
+    snapshots: int = Field(KEEPS["snapshots"], ge=0) # images a side whose embeddings are kept by epoch
+
+
 class Profile(Strict):
     "What one `reproduce` does."
     name: str
@@ -107,6 +113,7 @@ class Profile(Strict):
     train: str = TRAIN_NOTEBOOK
     resources: Resources = Resources()
     search: Search | None = None # this profile is a search
+    keeps: Keeps = Keeps()
     tuned_by: str | None = None # the search profile whose winners the rows hold; its log is in figures/<that name>
 
     def recipe(self, row: str) -> dict: # before validation
@@ -370,11 +377,11 @@ STATES = ("finished", "running", "failed", "stale", "changed", "interrupted", "m
 # %% ../nbs/01_foundations/07_profiles.ipynb #c34
 def train_job(profile: Profile, row: str, seed: int, recipe: dict, # complete
               data: str, # data digest
-              given: dict[str, Any], # parameters data and device
+              given: dict[str, Any], # parameters data and device, and what the profile keeps
               root: Path, code: str | None = None, # the code digest, where it is known already
              ) -> Job:
     "The job of one training run."
-    run = identify(recipe, row, seed, data, profile.train, root, code)
+    run = identify(recipe, row, seed, data, profile.train, root, code, {k: v for k, v in given.items() if k in KEEPS})
     id = run.folder.removeprefix("runs/")
     return Job(id=id, kind="train", title=f"{row}, seed {seed}", notebook=profile.train, row=row, seed=seed, run=run.id,
                parameters={**recipe, **given, "seed": seed, "row": row, "folder": run.folder}, recipe=recipe, data=data,
@@ -580,6 +587,7 @@ def plan(profile: Profile | str, # or its name
     recipes, gpus = checked_recipes(profile), gpu_count(device, here) if profile.rows else 0
     given = {"data": str(Path(data).expanduser().resolve()) if data else "", "device": device}
     if weights: given["weights"] = str(Path(weights).expanduser().resolve())
+    given |= profile.keeps.model_dump(exclude_defaults=True)
     if profile.search: given["evaluate_on"] = "validation"          # a search must never see the test classes
     check_notebooks(profile, recipes, given, root)
     shown = given | {"figures": relative(figures or root / f"figures/{profile.name}", root)}

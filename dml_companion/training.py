@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .datasets import Dataset, Split, holdout_classes, subset_classes
-from .encoders import Encoder, build_encoder, embed
+from .encoders import Encoder, build_encoder, embed, file_sha256
 from .objective import Objective
 from .retrieval import recall_at_k
 
@@ -538,7 +538,8 @@ class Run:
             raise ValueError("fit runs in one process: start it without `accelerate launch`")
         self.recipe, self.train, self.watched, self.folder, self.device = recipe, train, watched, folder, device
         self.validated, self.observe = bool(recipe.validation), observe
-        self.identity = dict(recipe=recipe.model_dump(mode="json"), seed=seed, data=data.digest)
+        self.identity = dict(recipe=recipe.model_dump(mode="json"), seed=seed, data=data.digest,
+                             weights=file_sha256(weights) if weights else None)
         seed_everything(seed)
         channels, size = train.batch(np.arange(1)).shape[1:3]
         encoder = build_encoder(recipe.encoder, dim=recipe.dim, in_channels=channels, size=size,

@@ -232,7 +232,7 @@ class MultiSimilarityLoss(PairLoss):
                  normalize: bool = True): # unit sphere first
         super().__init__(num_classes, dim, normalize=normalize)
         check_positive(alpha=alpha, beta=beta); check_choice(("anchor", "valid"), reduction=reduction)
-        if mining is not None and mining < 0: raise ValueError(f"mining must be None or a slack >= 0, got {mining}")
+        if mining is not None and not mining >= 0: raise ValueError(f"mining must be None or a slack >= 0, got {mining}")
         self.alpha, self.beta, self.threshold, self.mining = alpha, beta, threshold, mining
         self.self_pairs, self.reduction = self_pairs, reduction
 
