@@ -6,7 +6,7 @@
 __all__ = ['Gradient', 'Rule', 'CATALOGUE', 'PACKAGE', 'Parts', 'check_batch', 'check_cloud', 'options', 'Objective',
            'check_positive', 'check_fraction', 'unknown', 'check_choice', 'closed_form', 'similarity_gradient',
            'unit_rows', 'check_sizes', 'check_labels', 'LinearClassifier', 'Entry', 'register', 'loss_modules',
-           'catalogue', 'locate']
+           'catalogue', 'locate', 'find', 'try_objective', 'shown_defaults']
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c02
 import ast, pkgutil
@@ -289,3 +289,35 @@ def locate() -> dict[str, str]: # name -> "module:Class"
             for call in (d for d in cls.decorator_list if isinstance(d, ast.Call)):
                 if ast.unparse(call.func) == "register": found[call.args[0].value] = f"{module}:{cls.name}"
     return dict(sorted(found.items()))
+
+# %% ../nbs/01_foundations/04_objective.ipynb #c49
+def find(name: str, # one of `locate()`
+         given: Iterable[str] = (), # names of the options that it shall take
+        ) -> type[Objective]:
+    "The class of a named objective; imports only its module. ValueError for an unknown name or option, nearest known first."
+    places = locate()
+    if name not in places: raise unknown("objective", name, places)
+    module, cls = places[name].split(":")
+    cls = getattr(import_module(module), cls)
+    for option in given:
+        if option not in (known := options(cls)): raise unknown(f"option of {name}", option, known)
+    return cls
+
+def try_objective(name: str, given: dict[str, Any], # options and their values
+                  num_classes: int = 2) -> type[Objective]: # its class
+    "Build an objective and use it once; ValueError names the option whose value it cannot work with."
+    def fault(some):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                cls(num_classes=num_classes, dim=8, **some)(torch.randn(4, 8), torch.tensor([0, 0, 1, 1]))
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as e: return e
+    cls = find(name, given)
+    if not (e := fault(given)): return cls
+    guilty = next(({k: v} for k, v in given.items() if fault({k: v})), given)
+    told = ", ".join(f"{k}={v!r}" for k, v in guilty.items())
+    why = str(e).splitlines()[0] if isinstance(e, ValueError) else "it is not a value that can be computed with"
+    raise ValueError(f"{name} does not work with the option {told}: {why}. Its defaults: {shown_defaults(cls)}") from e
+
+def shown_defaults(cls: type[Objective]) -> str: # "margin=0.5, mining=0.1"
+    "The options of an objective with their defaults."
+    return ", ".join(f"{k}={v!r}" for k, v in options(cls).items()) or "it has no options"

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +23,7 @@ from .datasets import (BrokenImage, Dataset, Files, IMAGE_ENDINGS, MissingData, 
                                     assemble, ensure_pack, folder_files, hidden, image_classes, read_image, sha256_json,
                                     take_classes, unseen_classes, zip_files)
 from .encoders import Encoder, PRETRAINED, build_encoder, check_known, embed, fill
-from .objective import Objective, locate, options as accepted, unknown
+from .objective import Objective, find, try_objective
 from .reproduction import complaint, file_digest, now, read_json, write_atomic, write_json_atomic
 from .retrieval import evaluate, nearest
 from .training import Augment, Recipe, fit, pick_device, seed_everything
@@ -35,9 +34,9 @@ __all__ = ['OURS', 'PIECE', 'CLUSTERING', 'FRAMES', 'RATES', 'UNFINISHED', 'MARK
            'named_model', 'save_model', 'load_model', 'empty_encoder', 'Embeddings', 'read_embeddings', 'check_output',
            'embed_photos', 'embed_piece', 'read_piece', 'story', 'embed_to', 'writable', 'judge', 'model_of', 'Match',
            'find_similar', 'read_query', 'row_of', 'neighbours', 'Tile', 'contact_sheet', 'draw_tile', 'tiles',
-           'random_sheet', 'spread', 'query_sheet', 'source_files', 'save_sheet', 'find_objective', 'try_objective',
-           'shown_defaults', 'needs_pairs', 'photo_recipe', 'photo_dataset', 'train_photos', 'own_folder', 'unfinished',
-           'forget_unfinished', 'judge_split', 'sound', 'finished', 'untrained', 'side']
+           'random_sheet', 'spread', 'query_sheet', 'source_files', 'save_sheet', 'needs_pairs', 'photo_recipe',
+           'photo_dataset', 'train_photos', 'own_folder', 'unfinished', 'forget_unfinished', 'judge_split', 'sound',
+           'finished', 'untrained', 'side']
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c07
 class Photos(NamedTuple):
@@ -510,37 +509,6 @@ def save_sheet(fig: "matplotlib.figure.Figure", path: str | Path) -> Path: # noq
     return write_atomic(path, buffer.getvalue())
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c36
-def find_objective(name: str, # one of `objective.locate()`
-                   options: dict[str, Any], # keyword options of its class
-                  ) -> type[Objective]:
-    "The class of a named objective, its options checked; ValueError names the nearest known name or option."
-    places = locate()
-    if name not in places: raise unknown("objective", name, places)
-    module, cls = places[name].split(":")
-    cls = getattr(import_module(module), cls)
-    for option in options:
-        if option not in (known := accepted(cls)): raise unknown(f"option of {name}", option, known)
-    return cls
-
-def try_objective(name: str, options: dict[str, Any], classes: int) -> None: # as in `find_objective`
-    "Build an objective and use it once; ValueError names the option whose value it cannot work with."
-    def fault(given):
-        try:
-            with torch.random.fork_rng(devices=[]):
-                z, y = torch.randn(4, 8), torch.tensor([0, 0, 1, 1])
-                cls(num_classes=classes, dim=8, **given)(z, y)
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as e: return e
-    cls = find_objective(name, options)
-    if not (e := fault(options)): return
-    guilty = next(({k: v} for k, v in options.items() if fault({k: v})), options)
-    told = ", ".join(f"{k}={v!r}" for k, v in guilty.items())
-    why = str(e).splitlines()[0] if isinstance(e, ValueError) else "it is not a value that can be computed with"
-    raise ValueError(f"{name} does not work with the option {told}: {why}. Its defaults: {shown_defaults(cls)}") from e
-
-def shown_defaults(cls: type[Objective]) -> str: # "margin=0.5, mining=0.1"
-    "The options of an objective with their defaults."
-    return ", ".join(f"{k}={v!r}" for k, v in accepted(cls).items()) or "it has no options"
-
 def needs_pairs(cls: type[Objective]) -> bool:
     "Does a loss own no vectors of classes, so that its batches must hold several images of a class?"
     return not cls.param_kind
@@ -559,7 +527,7 @@ def photo_recipe(sizes: np.ndarray, # images of each training class
                  **fields: Any, # any other of `Recipe`
                 ) -> Recipe:
     "A recipe whose batches fit the folder."
-    pairs = needs_pairs(find_objective(objective, objective_options or {}))
+    pairs = needs_pairs(find(objective, objective_options or {}))
     n, pretrained = int(sizes.sum()), encoder in PRETRAINED
     if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
     if n < 4 or len(sizes) < 2: raise ValueError(f"{n} images of {len(sizes)} classes are too few to train on")
@@ -620,8 +588,8 @@ def train_photos(root: str | Path | Photos, # the folder
                 ) -> dict: # what model.json holds: recipe, data, before, after, history, summary
     "Fine-tune an encoder on a folder, judge it on unseen classes before and after, save it; a finished model is kept."
     folder, photos = Path(folder).expanduser(), root if isinstance(root, Photos) else open_photos(root)
-    size, cls, skipped = choices.get("size", 128), find_objective(objective, choices.get("objective_options") or {}), {}
-    try_objective(objective, choices.get("objective_options") or {}, max(2, len(photos.class_names)))
+    size, skipped = choices.get("size", 128), {}
+    cls = try_objective(objective, choices.get("objective_options") or {}, max(2, len(photos.class_names)))
     own_folder(folder, photos); writable(folder)
     if skip_broken: photos, skipped = sound(photos, size)
     data, aside = photo_dataset(photos, size, split, choices.get("flip", True), needs_pairs(cls), progress)

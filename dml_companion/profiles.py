@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['BUDGET', 'BASIC', 'STATES', 'NO_LOCKS', 'Strict', 'DataChoice', 'Row', 'Task', 'Search', 'bad_range', 'Resources',
            'Keeps', 'Profile', 'seeds_of', 'every_seed', 'read_yaml', 'design_points', 'trial_recipe', 'placed',
-           'with_trials', 'with_variants', 'profile_names', 'load_profile', 'search_of', 'check_objective',
-           'checked_recipe', 'checked_recipes', 'unequal', 'Parameter', 'annotated', 'parameters_of',
-           'check_parameters', 'Job', 'train_job', 'labels_of', 'notebook_job', 'beside', 'spoilt', 'take_lock',
-           'is_locked', 'difference', 'predecessor', 'judge', 'Plan', 'refresh', 'data_digests', 'check_on_data',
-           'gpu_count', 'check_notebooks', 'plan', 'records_of']
+           'with_trials', 'with_variants', 'profile_names', 'load_profile', 'search_of', 'checked_recipe',
+           'checked_recipes', 'unequal', 'Parameter', 'annotated', 'parameters_of', 'check_parameters', 'Job',
+           'train_job', 'labels_of', 'notebook_job', 'beside', 'spoilt', 'take_lock', 'is_locked', 'difference',
+           'predecessor', 'judge', 'Plan', 'refresh', 'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks',
+           'plan', 'records_of']
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c02
 import ast, errno, fcntl, os, re, sys
-from importlib import import_module
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -252,25 +251,13 @@ def search_of(name: str, # of a profile, or of a search itself
     return profile.tuned_by
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c26
-def check_objective(recipe: dict) -> None:
-    "Build a recipe's objective once, to see that its name and options are known."
-    from dml_companion.objective import locate, options, unknown
-    name, given = recipe.get("objective"), recipe.get("objective_options", {})
-    if not name: return
-    if name not in (places := locate()): raise unknown("objective", name, places)
-    module, found = places[name].split(":")
-    cls = getattr(import_module(module), found)
-    for option in given:
-        if option not in options(cls): raise unknown(f"option of {name}", option, options(cls))
-    cls(4, 8, **given)
-
-
 def checked_recipe(profile: Profile, row: str) -> dict: # complete, with all defaults
     "Validate one row's recipe; an error names the row."
+    from dml_companion.objective import try_objective
     from dml_companion.training import Recipe
     try:
         recipe = Recipe.load(profile.recipe(row)).model_dump(mode="json")
-        check_objective(recipe)
+        if recipe["objective"]: try_objective(recipe["objective"], recipe["objective_options"], 4)
     except ValidationError as e: problem = complaint(e, Recipe)
     except (ValueError, TypeError) as e: problem = str(e)
     else: return recipe

@@ -381,8 +381,8 @@ def test_weights_from_a_file(tmp_path, photos):
 # ---- training
 
 def test_which_losses_need_pairs():
-    from dml_companion.objective import locate
-    assert {n for n in locate() if P.needs_pairs(P.find_objective(n, {}))} == {"contrastive", "multi_similarity", "snca", "spce"}
+    from dml_companion.objective import find, locate, try_objective
+    assert {n for n in locate() if P.needs_pairs(find(n))} == {"contrastive", "multi_similarity", "snca", "spce"}
 
 
 @given(st.lists(st.integers(2, 30), min_size=2, max_size=60), st.integers(2, 128), st.sampled_from(["contrastive", "cross_entropy"]))
@@ -484,8 +484,8 @@ def test_a_value_that_an_option_cannot_have_is_named(photos, tmp_path, options, 
 
 
 def test_every_objective_works_with_its_own_defaults():
-    from dml_companion.objective import locate
-    for name in locate(): P.try_objective(name, {}, 5)
+    from dml_companion.objective import find, locate, try_objective
+    for name in locate(): try_objective(name, {}, 5)
 
 
 def test_errors_are_in_our_words(shelf, photos, tmp_path):
