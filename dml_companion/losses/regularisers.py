@@ -16,7 +16,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from ..geometry import class_means, full_precision, pair_masks
+from ..geometry import class_means, full_precision, pair_masks, widen
 from .pairwise import PairLoss, lonely, own_class_sizes, soft_rows
 from ..objective import (Objective, Parts, check_choice, check_positive, closed_form, find, register,
                                      similarity_gradient, unit_rows)
@@ -55,8 +55,9 @@ def distances(cosines: Tensor, # (C, C)
         d = squares.sqrt_()
         return d, d.reciprocal().neg_().masked_fill_(blind, 0)
     sine = (squares * (1 - squares / 4)).clamp_min_(floor).sqrt_()
-    blind |= squares > 4 - floor
-    return squares.sqrt_().div_(2).clamp_max_(1).asin_().mul_(2 / pi), sine.mul_(-pi).reciprocal_().masked_fill_(blind, 0)
+    opposite = squares > 4 - floor                                          # an arc there has no direction either
+    angle = squares.sqrt_().div_(2).clamp_max_(1).asin_().mul_(2 / pi).masked_fill_(opposite, 1)
+    return angle, sine.mul_(-pi).reciprocal_().masked_fill_(blind | opposite, 0)
 
 def off_diagonal(table: Tensor, # (C, C)
                 ) -> Tensor: # (C, C - 1), a copy
@@ -87,7 +88,8 @@ def hyperspherical_energy(centres: Tensor, # (C, D)
         d, rate = distances(cosines, angular)
         if s == 0: return pair_mean(-d.log(), -rate / d)
         return pair_mean(d ** -s, d.pow(-s - 1).mul_(-s) * rate)
-    return over_pairs(torch.cat([centres, -centres]) if half_space else centres, rule)
+    wide = widen(centres)                                                   # autocast cannot join float16
+    return over_pairs(torch.cat([wide, -wide]) if half_space else wide, rule)
 
 def uniform_face(centres: Tensor, # (C, D)
                 ) -> Tensor: # ()
@@ -215,8 +217,9 @@ class Regularised(Objective):
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "The base's parts; the regulariser joins the contrast."
-        self.objective.counts = self.counts
+        self.objective.counts = {}
         tightness, contrast = self.objective.split(embeddings, labels)
+        self.counts = self.objective.counts
         some = draw_centres(centres_of(self.objective, embeddings, labels), self.centres)
         return Parts(tightness, contrast + self.strength * REGULARISERS[self.regulariser](some, self.lam))
 
