@@ -45,7 +45,7 @@ def over_pairs(centres: Tensor, # (C, D) float, any lengths
 # %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c08
 def distances(cosines: Tensor, # (C, C)
               angular: bool = False, # the angle over pi in place of the chord
-             ) -> tuple[Tensor, Tensor]: # d and its slope in the cosine, (C, C); slope 0 on the diagonal and where no direction exists
+             ) -> tuple[Tensor, Tensor]: # d, and its slope in the cosine (0 where there is no direction)
     "Chords or angles from cosines, with their slopes; held at a floor where rounding sees one point."
     floor = 16 * torch.finfo(cosines.dtype).eps
     squares = cosines.mul(-2).add_(2)
@@ -69,7 +69,8 @@ def off_diagonal(table: Tensor, # (C, C)
 def check_energy(s: float) -> None: # the exponent of MHE
     "ValueError for an exponent that overflows float32 or that attracts."
     if not (isinstance(s, Real) and 0 <= s <= 12):
-        raise ValueError(f"s must be in [0, 12], got {s!r}: for a larger one use power_separation(lam=-s), its logarithm")
+        raise ValueError(f"s must be in [0, 12], got {s!r}: for a larger one use power_separation(lam=-s), "
+                         "its logarithm")
 
 def pair_mean(values: Tensor, slopes: Tensor, # (C, C) of each pair
              ) -> tuple[Tensor, Tensor]: # (), (C, C)
@@ -175,10 +176,10 @@ def draw_centres(centres: Tensor, # (C, D)
     return centres[torch.randperm(len(centres), device=centres.device)[:m]]
 
 # %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c26
-REGULARISERS: dict[str, Callable[[Tensor, float], Tensor]] = { # name -> function of centres and lambda, below 0: near pairs
-    "power": power_separation, "log_exp": log_exp_separation, "mhe": lambda P, lam: hyperspherical_energy(P, -lam),
-    "gaussian": lambda P, lam: gaussian_uniformity(P, -lam), "uniform_face": lambda P, lam: uniform_face(P),
-    "regular_face": lambda P, lam: regular_face(P)}
+REGULARISERS: dict[str, Callable[[Tensor, float], Tensor]] = { # name -> f(centres, lambda); below 0: near pairs
+    "power": power_separation, "log_exp": log_exp_separation,
+    "mhe": lambda P, lam: hyperspherical_energy(P, -lam), "gaussian": lambda P, lam: gaussian_uniformity(P, -lam),
+    "uniform_face": lambda P, lam: uniform_face(P), "regular_face": lambda P, lam: regular_face(P)}
 
 def centres_of(objective: Objective, embeddings: Tensor, labels: Tensor, # (n, d), (n,)
               ) -> Tensor: # (C, d) proxies, else a classifier's weights, else the batch's class means on the sphere
@@ -205,7 +206,8 @@ class Regularised(Objective):
         super().__init__(num_classes, dim)
         check_choice(REGULARISERS, regulariser=regulariser); check_positive(strength=strength)
         draw_centres(torch.zeros(2, 1), centres)
-        if not (isinstance(lam, Real) and {"mhe": -12 <= lam <= 0, "gaussian": lam < 0}.get(regulariser, abs(lam) < inf)):
+        if not (isinstance(lam, Real) and
+                {"mhe": -12 <= lam <= 0, "gaussian": lam < 0}.get(regulariser, abs(lam) < inf)):
             limit = {"mhe": "in [-12, 0] for mhe", "gaussian": "below 0 for gaussian"}.get(regulariser, "a finite number")
             raise ValueError(f"lam must be {limit}, got {lam!r}: 'power' and 'log_exp' take any")
         built = isinstance(base, Objective)
@@ -213,7 +215,8 @@ class Regularised(Objective):
         self.base, self.regulariser, self.lam = type(base).__name__ if built else base, regulariser, lam
         self.strength, self.centres, self.base_options = strength, centres, base_options
         kinds = self.objective.param_kind
-        self.param_kind = {f"objective.{n}": kinds.get(n, kinds.get(n.split(".")[0])) for n, _ in self.objective.named_parameters()}
+        self.param_kind = {f"objective.{n}": kinds.get(n, kinds.get(n.split(".")[0]))
+                           for n, _ in self.objective.named_parameters()}
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "The base's parts; the regulariser joins the contrast."
@@ -232,7 +235,8 @@ def soft_hinge(sums: Tensor, # (n,) log sum exp over the pairs of each anchor
     "sp_gamma of the log-exp mean, eq. (5); anchors without pairs give 0."
     reach = (sums - counts.clamp_min(1).to(sums.dtype).log()) * (1 if gamma > 0 else -1)
     some = counts > 0
-    value = torch.where(some, torch.logaddexp(reach, torch.zeros_like(reach)), 0).mean() / abs(gamma)   # softplus stops at 20
+    hinge = torch.logaddexp(reach, torch.zeros_like(reach))              # F.softplus is cut off at 20
+    value = torch.where(some, hinge, 0).mean() / abs(gamma)
     return value, weights * torch.where(some, reach.sigmoid(), 0)[:, None]
 
 @register("danml", "pairwise", "Song et al. 2022, a reconstruction")
@@ -247,7 +251,8 @@ class DANMLLoss(PairLoss):
         super().__init__(num_classes, dim, normalize=normalize)
         check_positive(beta=beta)
         if not (isinstance(alpha, Real) and alpha and abs(alpha) < inf):
-            raise ValueError(f"alpha must be a finite number other than 0, got {alpha!r}: below 0 for the nearest positives, above for the farthest")
+            raise ValueError(f"alpha must be a finite number other than 0, got {alpha!r}: below 0 for the nearest "
+                             "positives, above for the farthest")
         self.alpha, self.beta, self.near, self.far = alpha, beta, near, far
 
     def rule(self, labels: Tensor, sizes: Tensor, z: Tensor):

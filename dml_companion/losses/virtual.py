@@ -25,7 +25,9 @@ def virtual_cosine(s: Tensor, # (...) cosine of a pair, or inner product with `o
                    own: Tensor | float = 1., # (...) squared length of the anchor; other than 1 for the chord only
                   ) -> tuple[Tensor, Tensor, Tensor]: # x.v, its slope in s, and the share of x+ in v; each (...)
     "What a virtual point does to a cosine, eq. (2); without autograd."
-    if generator == "chord": return (1 + beta) * s - beta * own, torch.full_like(s, 1 + beta), torch.full_like(s, 1 + beta)
+    if generator == "chord":
+        share = torch.full_like(s, 1 + beta)
+        return (1 + beta) * s - beta * own, share, share
     if generator == "unit_chord":
         r = (1 + 2 * beta * (1 + beta) * (1 - s)).clamp_min(torch.finfo(s.dtype).tiny).sqrt()
         inner, share = (1 + beta) * s - beta, (1 + beta) / r
@@ -42,7 +44,7 @@ def virtual_cosine(s: Tensor, # (...) cosine of a pair, or inner product with `o
 
 # %% ../../nbs/03_objectives/25_virtual_points.ipynb #c11
 def first_pairs(labels: Tensor, # (n,) int64
-               ) -> tuple[Tensor, Tensor]: # anchors and their positives (m,), one pair for each class that has two samples
+               ) -> tuple[Tensor, Tensor]: # anchors and their positives (m,): one pair a class that has two samples
     "The first two samples of each class, in the order of the batch. A GPU waits for their number."
     ordered, order = labels.sort(stable=True)
     new = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
@@ -91,19 +93,22 @@ class ALMNLoss(PairLoss):
                  temperature: float = .1, # tau: products are divided by it
                  pairs: str = "all", # every positive pair; "first": the first two samples of each class, as Sohn 2016
                  stop_gradient: bool = False, # v as a constant: the anchor moves, the positive does not
-                 normalize: bool = True): # unit sphere first; False for the chord only, which then may be easier than N-pair
+                 normalize: bool = True): # unit sphere first; False: chord only, may then be easier than N-pair
         super().__init__(num_classes, dim, normalize=normalize)
         check_positive(temperature=temperature); check_choice(GENERATORS, generator=generator)
         check_choice(("all", "first"), pairs=pairs)
         if not (isinstance(beta, Real) and 0 <= beta < inf):
-            raise ValueError(f"beta must be a finite number >= 0, got {beta!r}: 0 is the N-pair loss, below it the margin would be negative")
+            raise ValueError(f"beta must be a finite number >= 0, got {beta!r}: 0 is the N-pair loss, "
+                             "below it the margin would be negative")
         if not normalize and generator != "chord":
-            raise ValueError(f"generator {generator!r} is an angle and needs normalize=True: for free lengths use 'chord'")
-        self.beta, self.generator, self.temperature, self.pairs, self.stop_gradient = beta, generator, temperature, pairs, stop_gradient
+            raise ValueError(f"generator {generator!r} is an angle and needs normalize=True: "
+                             "for free lengths use 'chord'")
+        self.beta, self.generator, self.temperature = beta, generator, temperature
+        self.pairs, self.stop_gradient = pairs, stop_gradient
 
     def rule(self, labels: Tensor, sizes: Tensor, x: Tensor):
         "One log-sum-exp a row over the negatives, two scalars a positive pair."
-        anchors, others, negatives = n_pair_table(labels, self.pairs)
+        anchors, others, negatives = n_pair_table(labels, "all")
         products, count = x @ x.T, max(len(anchors), 1) * self.temperature
         own = 1. if self.normalize else products.diagonal()[anchors]
         phi, slope, share = virtual_cosine(products[anchors, others], self.beta, self.generator, own)
@@ -112,7 +117,28 @@ class ALMNLoss(PairLoss):
         stays = torch.sigmoid(near - far)
         leaves = near.new_zeros(len(x)).index_add_(0, anchors, 1 - stays)
         lost = 0. if self.normalize and not self.stop_gradient else self.beta
-        saved = (x, anchors, others, torch.full_like(near, -1 / count), stays / count, share if self.stop_gradient else slope,
-                 near.new_tensor(lost), pushes.mul_((leaves / count)[:, None]))
-        scale = self.temperature / count
-        return -near.sum() * scale, torch.logaddexp(near, far).sum() * scale, partial(virtual_gradient, self.stop_gradient), saved
+        pull = share if self.stop_gradient else slope
+        saved = (x, anchors, others, torch.full_like(near, -1 / count), stays / count, pull, near.new_tensor(lost),
+                 pushes.mul_((leaves / count)[:, None]))
+        tightness, contrast = (v.sum() * self.temperature / count for v in (-near, torch.logaddexp(near, far)))
+        return tightness, contrast, partial(virtual_gradient, self.stop_gradient), saved
+
+    def strict(self, x: Tensor, labels: Tensor) -> Parts: # one pair a class: a small table, left to autograd
+        "Sohn's batch. The virtual cosine enters by its value and its slope."
+        anchors, others = first_pairs(labels)
+        if len(anchors) < 2: return Parts(x.sum() * 0, x.sum() * 0)
+        a, p = x[anchors], x[others]
+        v, w = (p.detach(), a.detach()) if self.stop_gradient else (p, a)
+        s, own = (a * v).sum(1), (a * w).sum(1)
+        given = s.detach(), self.beta, self.generator, 1. if self.normalize else own.detach()
+        phi, slope, share = virtual_cosine(*given)
+        near = phi + (share if self.stop_gradient else slope) * (s - s.detach())
+        if not self.normalize: near = near - self.beta * (own - own.detach())
+        near, far = near / self.temperature, a @ p.T / self.temperature
+        return Parts(-near.mean(), far.diagonal_scatter(near).logsumexp(1).mean())
+
+    def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
+        "All pairs in closed form, or the first of each class."
+        if self.pairs == "all": return super().split(embeddings, labels)
+        self.counts = lonely(own_class_sizes(labels))
+        return self.strict(unit_rows(embeddings) if self.normalize else embeddings, labels)
