@@ -160,7 +160,7 @@ ANGLES = torch.linspace(0, pi, 5001, dtype=torch.float64)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.floats(.05, 1.5))
 def test_the_linear_guard_falls_and_the_formula_rises(m):
-    linear, formula = (C.arc_margin(ANGLES.cos(), m, g) for g in ("linear", "none"))
+    linear, formula = (C.arc_margin(ANGLES.cos(), m, g)[0] for g in ("linear", "none"))
     assert (linear.diff() <= 1e-12).all()
     rise = formula.diff().clamp_min(0).sum().item()
     assert abs(rise - (1 - cos(m))) < 2e-3                       # .122 at m = .5
@@ -172,25 +172,37 @@ def test_the_linear_guard_falls_and_the_formula_rises(m):
 
 
 def test_the_easy_margin_jumps_up_at_a_right_angle():
-    easy = C.arc_margin(ANGLES.cos(), .5, "easy")
+    easy = C.arc_margin(ANGLES.cos(), .5, "easy")[0]
     assert abs(easy.diff().max().item() - sin(.5)) < 1e-3
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 7])
 def test_sphere_margin_is_monotone_and_continuous(m):
-    psi = C.sphere_margin(ANGLES.cos()[:, None], m)[:, 0]
+    psi = C.sphere_margin(ANGLES.cos()[:, None], m)[0][:, 0]
     assert psi[0] == 1 and abs(psi[-1] - (1 - 2 * m)) < 1e-12
     assert (psi.diff() <= 1e-12).all() and psi.diff().abs().max() < 1.01 * m * pi / 5000
     for p in (.1, .4, .9):
         a = torch.tensor([[p * pi]], dtype=torch.float64)
         k = int(p * m)
-        assert_close(C.sphere_margin(a.cos(), m).item(), (-1) ** k * cos(m * p * pi) - 2 * k, rtol=0, atol=1e-12)
+        assert_close(C.sphere_margin(a.cos(), m)[0].item(), (-1) ** k * cos(m * p * pi) - 2 * k, rtol=0, atol=1e-12)
 
 
-def test_slopes_are_finite_at_both_ends():
-    for f in (lambda c: C.arc_margin(c, .5), lambda c: C.arc_margin(c, .5, "none"), lambda c: C.sphere_margin(c, 4)):
-        ends = torch.tensor([[-1.], [1.]], requires_grad=True)
-        assert torch.autograd.grad(f(ends).sum(), ends)[0].isfinite().all()
+BENDS = {"linear": lambda c: C.arc_margin(c, .5), "easy": lambda c: C.arc_margin(c, .5, "easy"),
+         "none": lambda c: C.arc_margin(c, .5, "none"), "sphere 4": lambda c: C.sphere_margin(c, 4),
+         "sphere 7": lambda c: C.sphere_margin(c, 7), "annealed": lambda c: C.SphereFace(K, D).bend(c)}
+
+
+@pytest.mark.parametrize("which", BENDS)
+def test_slopes_of_the_bends(which):
+    "Finite at both ends, autograd's in between, and eq. (4) for the chain through scores and lengths."
+    assert all(v.isfinite().all() for v in BENDS[which](torch.tensor([[-1.], [1.]])))
+    cosine = torch.linspace(-.99, .99, 200, dtype=torch.float64)[:, None].requires_grad_()
+    psi, slope = BENDS[which](cosine)
+    assert_close(torch.autograd.grad(psi.sum(), cosine)[0], slope.detach(), rtol=1e-9, atol=1e-9)
+    g = torch.Generator().manual_seed(0)
+    y, lengths = torch.arange(6) % K, torch.rand(6, 1, generator=g, dtype=torch.float64) + .5
+    scores = (lengths * (torch.rand(6, K, generator=g, dtype=torch.float64) * 1.8 - .9)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s, l: tuple(C.bent_softmax(s, l, y, BENDS[which])), (scores, lengths.requires_grad_()))
 
 
 def test_annealing_counts_training_batches_only_and_is_saved():
