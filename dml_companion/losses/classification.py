@@ -135,7 +135,6 @@ def check_width(rows: Tensor, # (n, d)
         raise ValueError(f"embeddings have {rows.shape[1]} columns, but the proxies were made with dim={dim}: "
                          f"build the objective with dim={rows.shape[1]}")
 
-# %% ../../nbs/03_objectives/22_classification.ipynb #c31
 class UnitProxies(Objective):
     "One unit vector a class (`weight`), or several (`centers`); a subclass defines `split`."
     param_kind = {"weight": "proxies", "centers": "proxies"}
@@ -157,12 +156,12 @@ class UnitProxies(Objective):
         centers = self.centers.to(like.dtype).transpose(0, 1)
         return unit_rows(centers.reshape(-1, self.dim)).view(centers.shape)
 
-    def center_scores(self, rows: Tensor, centers: Tensor) -> Tensor: # (n, per_class, K): what follows runs along classes
+    def center_scores(self, rows: Tensor, centers: Tensor) -> Tensor: # (n, per_class, K)
         "Inner product of every row with every centre of `unit_centers`."
         check_width(rows, self.dim)
         return F.linear(rows, centers.flatten(0, 1)).view(len(rows), -1, self.num_classes)
 
-# %% ../../nbs/03_objectives/22_classification.ipynb #c33
+# %% ../../nbs/03_objectives/22_classification.ipynb #c32
 @register("modified_softmax", "classification", "Liu et al. 2017", own=("proxies",))
 class ModifiedSoftmax(UnitProxies):
     "Softmax over raw embeddings and unit weights, no bias (the SphereFace paper's eq. 4)."
@@ -173,7 +172,7 @@ class ModifiedSoftmax(UnitProxies):
         "Minus the target's logit, and the log-sum-exp."
         return softmax_parts(self.scores(embeddings), labels)
 
-# %% ../../nbs/03_objectives/22_classification.ipynb #c35
+# %% ../../nbs/03_objectives/22_classification.ipynb #c34
 Bend = Callable[[Tensor], tuple[Tensor, Tensor]] # cosines (n, 1) -> psi and its slope in the cosine, (n, 1) each
 
 class _BentSoftmax(torch.autograd.Function):
@@ -203,7 +202,6 @@ def bent_softmax(scores: Tensor, # (n, K), lengths times cosines
     "Softmax with a bent cosine in the own class's place, eq. (3)."
     return Parts(*_BentSoftmax.apply(scores, lengths, bend, labels))
 
-# %% ../../nbs/03_objectives/22_classification.ipynb #c36
 class MarginSoftmax(UnitProxies):
     "Softmax over scaled cosines, the own class's one bent by a margin, eq. (3); a subclass defines `bend`."
     scale: float # s
@@ -222,7 +220,7 @@ class MarginSoftmax(UnitProxies):
         rows, lengths = self.scaled(embeddings)
         return bent_softmax(self.scores(rows), lengths, labels, self.bend)
 
-# %% ../../nbs/03_objectives/22_classification.ipynb #c38
+# %% ../../nbs/03_objectives/22_classification.ipynb #c36
 @register("cosface", "classification", "Wang et al. 2018", own=("proxies",))
 class CosFace(MarginSoftmax):
     "The own class's cosine less a margin (Wang et al. 2018, eq. 4)."
@@ -237,7 +235,7 @@ class CosFace(MarginSoftmax):
         "cos(theta) - m."
         return cosine - self.margin, torch.ones_like(cosine)
 
-# %% ../../nbs/03_objectives/22_classification.ipynb #c40
+# %% ../../nbs/03_objectives/22_classification.ipynb #c38
 GUARDS = ("linear", "easy", "none")
 
 def arc_margin(cosine: Tensor, # any shape, in [-1, 1]
@@ -251,7 +249,6 @@ def arc_margin(cosine: Tensor, # any shape, in [-1, 1]
     inside, beyond = (cosine > 0, cosine) if guard == "easy" else (cosine > -cos(margin), cosine - margin * sin(margin))
     return torch.where(inside, bent, beyond), torch.where(inside, slope, 1)
 
-# %% ../../nbs/03_objectives/22_classification.ipynb #c41
 @register("arcface", "classification", "Deng et al. 2019", own=("proxies",))
 class ArcFace(MarginSoftmax):
     "The own class's angle plus a margin (Deng et al. 2019, eq. 3), guarded beyond pi - m."
@@ -269,10 +266,10 @@ class ArcFace(MarginSoftmax):
         "cos(theta + m), guarded."
         return arc_margin(cosine, self.margin, self.guard)
 
-# %% ../../nbs/03_objectives/22_classification.ipynb #c44
+# %% ../../nbs/03_objectives/22_classification.ipynb #c41
 def sphere_margin(cosine: Tensor, # (n, 1)
                   margin: int, # m >= 1
-                 ) -> tuple[Tensor, Tensor]: # (n, 1) each: psi, which falls from 1 to 1 - 2m, and its slope in the cosine
+                 ) -> tuple[Tensor, Tensor]: # (n, 1) each: psi, from 1 down to 1 - 2m, and its slope
     "SphereFace's psi(theta) = (-1)^k cos(m theta) - 2k (Liu et al. 2017, eq. 7)."
     one, double = torch.ones_like(cosine), 2 * cosine
     (t0, t), (u0, u) = (one, cosine), (one * 0, one)                              # T_0, T_1; U_-1, U_0
@@ -282,7 +279,7 @@ def sphere_margin(cosine: Tensor, # (n, 1)
     sign = 1 - 2 * (piece % 2)
     return sign * t - 2 * piece, sign * margin * u
 
-# %% ../../nbs/03_objectives/22_classification.ipynb #c46
+# %% ../../nbs/03_objectives/22_classification.ipynb #c43
 @register("sphereface", "classification", "Liu et al. 2017", own=("proxies",))
 class SphereFace(MarginSoftmax):
     "The own class's angle times m, raw embedding lengths, annealed from the plain cosine (Liu et al. 2017, eq. 7)."
@@ -293,7 +290,8 @@ class SphereFace(MarginSoftmax):
                  anneal_rate: float = .12): # how fast: lambda = from / (1 + rate * batches)
         super().__init__(num_classes, dim)
         check_count(margin=margin)
-        check_between(0, 1e6, "0 is no annealing", anneal_from=anneal_from, anneal_to=anneal_to, anneal_rate=anneal_rate)
+        check_between(0, 1e6, "0 is no annealing", anneal_from=anneal_from, anneal_to=anneal_to,
+                      anneal_rate=anneal_rate)
         self.margin, self.anneal_from, self.anneal_to, self.anneal_rate = margin, anneal_from, anneal_to, anneal_rate
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
@@ -316,7 +314,7 @@ class SphereFace(MarginSoftmax):
         if self.training and torch.is_grad_enabled(): self.batches.add_(1)
         return parts
 
-# %% ../../nbs/03_objectives/22_classification.ipynb #c49
+# %% ../../nbs/03_objectives/22_classification.ipynb #c46
 @register("subcenter_arcface", "classification", "Deng et al. 2020", own=("proxies",))
 class SubCenterArcFace(ArcFace):
     "ArcFace to the nearest of several centres a class (Deng et al. 2020)."

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from .classification import UnitProxies, check_between, check_count, check_width, logit_rule, softmax_parts
+from .classification import (UnitProxies, check_between, check_count, check_width, logit_rule,
+                                                 softmax_parts)
 from ..objective import Gradient, Parts, check_labels, check_positive, closed_form, register, unit_rows
 
 # %% ../../nbs/03_objectives/23_proxies.ipynb #c07
@@ -46,7 +47,7 @@ class ProxyNCA(UnitProxies):
         check_positive(scale=scale)
         self.scale, self.normalize = scale, normalize
 
-    def affinities(self, embeddings: Tensor) -> tuple[Tensor, Tensor]: # (n, K): tau (|z|^2 - |z - p|^2), and the mean of tau |z|^2
+    def affinities(self, embeddings: Tensor) -> tuple[Tensor, Tensor]: # tau (|z|^2 - |z - p|^2) (n, K); () mean tau |z|^2
         "Minus scaled squared distances, but for what all proxies of a sample share."
         proxies = self.weight.to(embeddings.dtype)
         check_width(embeddings, self.dim)
@@ -80,7 +81,7 @@ class ProxyNCAPlusPlus(UnitProxies):
 def class_logsumexp(scores: Tensor, # (n,)
                     labels: Tensor, # (n,) in 0..K-1
                     num_classes: int, # K
-                   ) -> tuple[Tensor, Tensor]: # (K,): log(1 + sum of exp over the class), 0 if empty; (n,): each sample's share
+                   ) -> tuple[Tensor, Tensor]: # (K,) log(1 + sum of exp), 0 if empty; (n,) each one's share
     "Log-sum-exp over the samples of each class and a zero, and its slopes."
     peak = scores.new_zeros(num_classes).scatter_reduce_(0, labels, scores, "amax")
     value = peak + (-peak).exp().scatter_add_(0, labels, (scores - peak[labels]).exp()).log()
