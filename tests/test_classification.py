@@ -77,12 +77,13 @@ def peer(name):
         "arcface": lambda: (C.ArcFace(K, D), losses.ArcFaceLoss(K, D, margin=degrees(.5), scale=64)),
         "sphereface": lambda: (C.SphereFace(K, D, anneal_from=0, anneal_to=0), losses.SphereFaceLoss(K, D, margin=4, scale=1)),
         "sphereface 3": lambda: (C.SphereFace(K, D, margin=3, anneal_from=0, anneal_to=0), losses.SphereFaceLoss(K, D, margin=3, scale=1)),
+        "modified_softmax": lambda: (C.ModifiedSoftmax(K, D), losses.SphereFaceLoss(K, D, margin=1, scale=1)),
         "subcenter_arcface": lambda: (C.SubCenterArcFace(K, D), losses.SubCenterArcFaceLoss(
             num_classes=K, embedding_size=D, margin=degrees(.5), scale=64, sub_centers=3))}[name]()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")           # theirs
-@pytest.mark.parametrize("name", ["cosface", "arcface", "sphereface", "sphereface 3", "subcenter_arcface"])
+@pytest.mark.parametrize("name", ["cosface", "arcface", "sphereface", "sphereface 3", "modified_softmax", "subcenter_arcface"])
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_pytorch_metric_learning(name, seed):
     z, y = batch(24, seed)

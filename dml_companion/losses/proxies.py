@@ -47,7 +47,7 @@ class ProxyNCA(UnitProxies):
         check_positive(scale=scale)
         self.scale, self.normalize = scale, normalize
 
-    def affinities(self, embeddings: Tensor) -> tuple[Tensor, Tensor]: # tau (|z|^2 - |z - p|^2) (n, K); () mean tau |z|^2
+    def affinities(self, embeddings: Tensor) -> tuple[Tensor, Tensor]: # (n, K) tau (|z|^2 - |z-p|^2); () mean tau |z|^2
         "Minus scaled squared distances, but for what all proxies of a sample share."
         proxies = self.weight.to(embeddings.dtype)
         check_width(embeddings, self.dim)
