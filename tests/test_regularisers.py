@@ -224,6 +224,27 @@ def batch(n=12, d=4, classes=5, seed=0, dtype=torch.float64):
     return torch.randn(n, d, generator=g, dtype=dtype), torch.randint(classes, (n,), generator=g)
 
 
+def regularised_loop(loss, Z, y):
+    "The base from its formula, and the power or log-exp mean over every pair of centres."
+    W, inner, lam = loss.objective.weight, loss.objective, loss.lam
+    cosine = lambda a, b: (a @ b / a.norm() / b.norm()).item()
+    if loss.base == "cross_entropy": logits = [[(z @ w + b).item() for w, b in zip(W, inner.bias)] for z in Z]
+    else: logits = [[cosine(z, w) / inner.temperature for w in W] for z in Z]
+    T = -sum(row[k] for row, k in zip(logits, y.tolist())) / len(y)
+    C = sum(log(sum(map(exp, row))) for row in logits) / len(y)
+    c = [[cosine(a, b) for j, b in enumerate(W) if j != i] for i, a in enumerate(W)]
+    if loss.regulariser == "log_exp": term = sum(log(sum(exp(-lam * v) for v in row) / len(row)) / -lam for row in c) / len(c)
+    else: term = -log(sum((2 - 2 * v) ** (lam / 2) for row in c for v in row) / len(c) / (len(c) - 1)) / lam
+    return [T, C + loss.strength * term]
+
+
+# For the tests that every objective goes through, in test_objectives.py.
+OTHER = {"danml": dict(alpha=3., beta=5., near=.9, far=.1, normalize=False),
+         "regularised": dict(base="cross_entropy", base_options=dict(temperature=.3), regulariser="log_exp", lam=-5., strength=.7, centres=3)}
+LOOPS = {"danml": lambda loss, Z, y: danml_loop(Z, y, **{k: getattr(loss, k) for k in OTHER["danml"]}), "regularised": regularised_loop}
+SPECIAL = {("regularised", "centres"): dict.fromkeys(("loop", "gradcheck", "order", "repeat"), "centres are drawn at random")}
+
+
 @pytest.mark.parametrize("base, options, kind", [("normalized_softmax", {}, "proxies"), ("cross_entropy", dict(bias=False), "classifier"),
                                                  ("snca", dict(temperature=.3), None), ("center", dict(centers="learned"), "proxies")])
 @pytest.mark.parametrize("name", R.REGULARISERS)

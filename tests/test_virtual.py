@@ -14,6 +14,12 @@ PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 VARIANTS = [{}, dict(beta=0.), dict(beta=1.7), dict(generator="unit_chord"), dict(generator="slerp"), dict(generator="slerp", beta=1.),
             dict(temperature=1.), dict(pairs="first"), dict(stop_gradient=True), dict(normalize=False, temperature=1.)]
 
+# For the tests that every objective goes through, in test_objectives.py.
+OTHER = {"almn": dict(beta=1.7, generator="unit_chord", temperature=1., pairs="first", stop_gradient=True, normalize=False)}
+LOOPS = {"almn": lambda loss, Z, y: [v.item() for v in loops(Z, y, **{k: getattr(loss, k) for k in OTHER["almn"]})]}
+SPECIAL = {("almn", "pairs"): {"order": "the first two of each class are those of the order"},
+           ("almn", "stop_gradient"): {"gradcheck": "a held point has no derivative", "change": "changes the gradient only"}}
+
 
 def batch(n=12, d=4, classes=4, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
