@@ -285,3 +285,14 @@ def test_peak_bytes_counts():
         del a
         return b * 2
     assert 8000 <= peak_bytes(step) < 8200
+
+
+def test_benchmark_of_many_classes_writes_its_table(tmp_path):
+    import pandas as pd
+    from benchmarks.bench_classes import main
+    threads = torch.get_num_threads()
+    main(tmp_path, counts=(50, 9000), threads=1, rounds=1, plain_up_to=50)
+    assert torch.get_num_threads() == threads
+    table = pd.read_csv(tmp_path / "classes.csv")
+    assert table.classes.tolist() == [50, 9000] and (table.chunks_peak >= 1).all() and table.times_plain.isna().tolist() == [False, True]
+    assert "| 9,000 |" in (tmp_path / "classes.md").read_text()
