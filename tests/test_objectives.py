@@ -15,7 +15,7 @@ from dml_companion.losses.classification import CrossEntropy, NormalizedSoftmax,
 from dml_companion.losses.pairwise import CenterLoss, ContrastiveLoss, MultiSimilarityLoss, SNCALoss, SPCELoss, batch_classes, own_class_sizes
 from dml_companion.objective import Objective, Parts, register, unit_rows
 
-import test_classification, test_proxies, test_regularisers, test_virtual
+import test_classification, test_contextual, test_proxies, test_regularisers, test_virtual
 
 K, D = 5, 4
 # A new objective needs a line here, and a double loop `<name>_loop(Z, y, <its options>)` below as its oracle.
@@ -34,7 +34,7 @@ OTHER = {
 # The modules of other families bring their OTHER; LOOPS: name -> loop(loss, Z, y); and SPECIAL: (name, option) -> {a test below: why it
 # does not apply}.
 LOOPS, SPECIAL = {}, {}
-for module in (test_classification, test_proxies, test_regularisers, test_virtual):
+for module in (test_classification, test_contextual, test_proxies, test_regularisers, test_virtual):
     OTHER |= module.OTHER; LOOPS |= module.LOOPS; SPECIAL |= getattr(module, "SPECIAL", {})
 NAMES = sorted(OTHER)
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
@@ -175,6 +175,8 @@ def test_parts_equal_the_double_loop(name, settings_, seed):
 @pytest.mark.parametrize("name, settings_", VARIANTS)
 def test_gradcheck(name, settings_):
     skip_special("gradcheck", name, settings_)
+    if name == "contextual_similarity" and "step" not in settings_:
+        pytest.skip("a straight-through gradient is not the derivative: see test_contextual")
     Z, y = batch(7, seed=3, classes=3)
     loss = filled(objectives.make(name, K, D, **settings_))
     assert torch.autograd.gradcheck(lambda Z: tuple(loss.parts(Z, y)), Z.requires_grad_())
@@ -458,7 +460,7 @@ def test_every_option_changes_the_loss(name):
         results = []
         for loss in (a, b):
             with torch.no_grad():
-                if hasattr(loss, "weight"): loss.weight.copy_(torch.linspace(-1, 1, K * D).view(K, D).double())
+                if hasattr(loss, "weight"): loss.weight.copy_(torch.linspace(-7, 7, K * D).sin().view(K, D).double())
                 if getattr(loss, "bias", None) is not None: loss.bias.copy_(torch.linspace(0, 1, K).double())
             loss(z, y), results.append(loss(z + 1, y).item())    # twice, so that running centres have moved
         assert abs(results[0] - results[1]) > 1e-6, option
