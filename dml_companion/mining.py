@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FEW', 'MINERS', 'Triplets', 'triplet_terms', 'Order', 'class_order', 'kth_positive', 'kth_negative', 'Table',
            'compare', 'positive_slots', 'draw', 'Pairs', 'PairWeights', 'tally', 'Miner', 'below', 'UniformMiner',
-           'one_each', 'extremes', 'or_else', 'HardMiner', 'SoftHardMiner', 'nearest_beyond', 'every_pair',
-           'SemiHardMiner', 'WindowMiner', 'windows', 'AllSemiHardMiner', 'log_inverse_density', 'NegativeSampler',
-           'DistanceWeightedMiner', 'RhoDistanceMiner', 'MultiSimilarityMiner', 'BinMiner', 'PADS', 'make_miner']
+           'one_each', 'to_positives', 'to_negatives', 'or_else', 'HardMiner', 'SoftHardMiner', 'nearest_beyond',
+           'every_pair', 'SemiHardMiner', 'WindowMiner', 'windows', 'AllSemiHardMiner', 'log_inverse_density',
+           'NegativeSampler', 'DistanceWeightedMiner', 'RhoDistanceMiner', 'MultiSimilarityMiner', 'BinMiner', 'PADS',
+           'make_miner']
 
 # %% ../nbs/03_objectives/21_mining.ipynb #c02
 from typing import Any, NamedTuple
@@ -68,18 +69,18 @@ def kth_negative(order: Order, # of the batch
 # %% ../nbs/03_objectives/21_mining.ipynb #c11
 class Table(NamedTuple):
     "All that a miner sees of a batch."
+    points: Tensor # (n, d) the embeddings around their centre, no gradient
     distances: Tensor # (n, n) Euclidean, diagonal 0
     positives: Tensor # (n, n) bool
     negatives: Tensor # (n, n) bool
     order: Order # the batch by class
-    dim: int # d, size of an embedding
 
 def compare(points: Tensor, # (n, d) float32 or float64, on the unit sphere if the loss puts them there
             labels: Tensor, # (n,) int64
            ) -> Table:
     "One distance table for miner and loss; no gradient passes through it."
-    points = points.detach()
-    return Table(distance_table(points - centre(points)), *pair_masks(labels), class_order(labels), points.shape[1])
+    points = points.detach() - centre(points.detach())
+    return Table(points, distance_table(points), *pair_masks(labels), class_order(labels))
 
 def positive_slots(order: Order, # of the batch
                   ) -> tuple[Tensor, Tensor]: # (n, q) rows of the positives of each anchor, and which of them exist
@@ -193,10 +194,13 @@ def one_each(table: Table, positives: Tensor, negatives: Tensor, # (n,) a partne
     n, sizes = len(table.distances), table.order.sizes
     return Triplets(torch.arange(n, device=sizes.device), positives, negatives), (sizes > 1) & (sizes < n)
 
-def extremes(table: Table) -> tuple[Tensor, Tensor]: # distances of other pairs filled with -inf (n, n), and inf (n, n)
-    "Distances to positives only, for a maximum, and to negatives only, for a minimum."
-    return (table.distances.masked_fill(~table.positives, -torch.inf),
-            table.distances.masked_fill(~table.negatives, torch.inf))
+def to_positives(table: Table) -> Tensor: # (n, n), other entries -inf
+    "Distances to positives, for a maximum."
+    return torch.where(table.positives, table.distances, -torch.inf)
+
+def to_negatives(table: Table) -> Tensor: # (n, n), other entries inf
+    "Distances to negatives, for a minimum."
+    return torch.where(table.negatives, table.distances, torch.inf)
 
 def or_else(wanted: Tensor, allowed: Tensor) -> Tensor: # (n, n) bool each
     "The wanted entries of a row, or all allowed ones where none is wanted."
@@ -207,16 +211,15 @@ class HardMiner(Miner):
     "The farthest positive and the nearest negative of each anchor."
     def choose(self, table: Table):
         "Two extremes a row."
-        near, far = extremes(table)
-        return one_each(table, near.argmax(1), far.argmin(1))
+        return one_each(table, to_positives(table).argmax(1), to_negatives(table).argmin(1))
 
 class SoftHardMiner(Miner):
     "A random negative inside the farthest positive, a random positive outside the nearest negative (Roth et al. 2020)."
     def choose(self, table: Table):
         "Two draws a row, from all partners where no hard one exists."
-        d, (near, far) = table.distances, extremes(table)
-        positives = table.positives & (d > far.amin(1, keepdim=True))
-        negatives = table.negatives & (d < near.amax(1, keepdim=True))
+        d = table.distances
+        positives = table.positives & (d > to_negatives(table).amin(1, keepdim=True))
+        negatives = table.negatives & (d < to_positives(table).amax(1, keepdim=True))
         return one_each(table, draw(or_else(positives, table.positives))[:, 0],
                         draw(or_else(negatives, table.negatives))[:, 0])
 
@@ -228,8 +231,9 @@ def nearest_beyond(far: Tensor, # (n, n) distances to negatives, other entries i
                   ) -> tuple[Tensor, Tensor]: # columns (n, q), and whether there is one (n, q)
     "The nearest negative beyond each threshold."
     if reach.shape[1] <= FEW:
-        rows = [far.masked_fill(far <= t, torch.inf).min(1) for t in reach.split(1, 1)]
-        return torch.stack([r.indices for r in rows], 1), torch.stack([r.values for r in rows], 1) < torch.inf
+        just = torch.nextafter(reach, torch.full_like(reach, torch.inf))
+        rows = [(far - t).reciprocal_().max(1) for t in just.split(1, 1)]
+        return torch.stack([r.indices for r in rows], 1), torch.stack([r.values for r in rows], 1) > 0
     ordered, columns = far.sort(1)
     place = torch.searchsorted(ordered, reach, right=True).clamp_max(far.shape[1] - 1)
     values = ordered.gather(1, place)
@@ -246,7 +250,7 @@ class SemiHardMiner(Miner):
     def choose(self, table: Table):
         "One search for each positive pair; a pair without a negative beyond it drops out."
         slots, exist = positive_slots(table.order)
-        columns, found = nearest_beyond(extremes(table)[1], table.distances.gather(1, slots))
+        columns, found = nearest_beyond(to_negatives(table), table.distances.gather(1, slots))
         return every_pair(table, slots, columns, exist & found)
 
 # %% ../nbs/03_objectives/21_mining.ipynb #c29
@@ -292,7 +296,7 @@ class AllSemiHardMiner(Miner):
     def bounds(self, table: Table, margin: float, power: int):
         "Distances to negatives, the slots, and the window of each."
         slots, exist = positive_slots(table.order)
-        far = extremes(table)[1] ** power
+        far = to_negatives(table) ** power
         low = table.distances.gather(1, slots) ** power
         return far, slots, exist, low, torch.where(exist, low + margin, low)
 
@@ -345,8 +349,8 @@ class DistanceWeightedMiner(NegativeSampler):
     def weights(self, table: Table) -> Tensor:
         "A softmax of the logarithms in each row."
         d, lowest = table.distances, torch.finfo(table.distances.dtype).min
-        logs = log_inverse_density(d.clamp_min(self.cutoff), table.dim)
-        logs.clamp_max_(log_inverse_density(d.new_full((), self.cutoff), table.dim))
+        logs = log_inverse_density(d.clamp_min(self.cutoff), table.points.shape[1])
+        logs.clamp_max_(log_inverse_density(d.new_full((), self.cutoff), table.points.shape[1]))
         if self.upper is None: return logs.masked_fill_(~table.negatives, lowest).softmax(1) * table.negatives
         allowed = table.negatives & (d < self.upper)
         logs.masked_fill_(~allowed.any(1, keepdim=True), 0)

@@ -12,7 +12,6 @@ from torch import Tensor
 from .pairwise import lonely
 from ..mining import MINERS, Miner, Table, compare, make_miner
 from ..objective import Objective, Parts, check_choice, check_positive, closed_form, options, register, unit_rows
-from ..geometry import centre
 
 # %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c07
 def sided_gradient(d_tightness: Tensor, d_contrast: Tensor, # () what arrives from above
@@ -58,7 +57,7 @@ class MinedTriplet(Objective):
             steep = d.masked_fill(d == 0, torch.inf).mul_(2)
             near, far = near.div_(steep), far.div_(steep)
         self.counts |= dict(mined=w.mined, active=w.active)
-        return tightness, contrast, sided_gradient, (z - centre(z), near, far.neg_())
+        return tightness, contrast, sided_gradient, (table.points, near, far.neg_())
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "One table for miner and loss."
