@@ -232,6 +232,37 @@ def test_all_semihard_equals_miner_and_loss_of_pytorch_metric_learning(sizes, sq
     assert_close(torch.autograd.grad(mine, a)[0], torch.autograd.grad(theirs, b)[0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("dim", [3, 16, 40])
+@pytest.mark.parametrize("sizes", [(4,) * 6, (2, 3, 5, 7)])
+def test_distance_weights_equal_those_of_pytorch_metric_learning(monkeypatch, dim, sizes):
+    "The probabilities themselves: caught on the way to its draw."
+    _, miners, _, _ = pml()
+    from pytorch_metric_learning.miners import distance_weighted_miner as theirs
+    caught = []
+    def catch(labels, ref_labels, weights):
+        caught.append(weights)
+        return labels, labels, labels
+    monkeypatch.setattr(theirs.lmu, "get_random_triplet_indices", catch)
+    z, y = batch(sizes, d=dim, spread=.6)
+    miners.DistanceWeightedMiner()(z, y)
+    ours = DistanceWeightedMiner().weights(compare(normalize(z), y))
+    kept = caught[0].isfinite().all(1)                                       # 0 / 0 where no negative is nearer than 1.4
+    assert kept.sum() > len(y) / 2
+    assert_close(ours[kept] / ours[kept].sum(1, keepdim=True), caught[0][kept], rtol=0, atol=1e-9)
+
+
+def test_margin_loss_of_pytorch_metric_learning_behind_the_distance_weighted_miner():
+    losses, _, _, _ = pml()
+    torch.manual_seed(4)
+    z, y = batch((4,) * 6, spread=.6)
+    triplets, D = DistanceWeightedMiner()(z, y), distances(z)
+    a, p, k = triplets
+    pull, push = (D[a, p] - 1.05).relu(), (1.45 - D[a, k]).relu()            # beta 1.25, exact in float32
+    assert (pull > 0).any() and (push > 0).any()
+    value = losses.MarginLoss(margin=.2, nu=0, beta=1.25)(z, y, tuple(triplets))
+    assert_close(value, ((pull + push).sum() / ((pull > 0).sum() + (push > 0).sum())), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_miners_stand_before_losses_of_pytorch_metric_learning(name):
     losses, _, distances, reducers = pml()
@@ -312,6 +343,23 @@ def test_no_tensor_of_cubic_size(name):
         z, y = batch(sizes, dtype=torch.float32)
         with Largest() as seen: MinedTriplet(miner=name)(z, y)
         assert 64 * 64 <= seen.entries <= 64 * 65, sizes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_graph_for_the_compiler(name):
+    z, y = batch((4,) * 6, dtype=torch.float32)
+    loss = MinedTriplet(miner=name)
+    torch._dynamo.reset()
+    compiled, found = torch.compile(loss, backend="eager", fullgraph=True), []
+    for f in (loss, compiled):
+        torch.manual_seed(3)
+        leaf = z.clone().requires_grad_()
+        value = f(leaf, y)
+        value.backward()
+        found.append((value.detach(), leaf.grad))
+    if name in ("hard", "soft_hard", "semihard", "semihard_window", "semihard_all", "uniform", "multi_similarity"):
+        assert_close(found[1], found[0])                                      # the others draw a wider rectangle
+    assert found[1][0] > 0 and found[1][1].isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)

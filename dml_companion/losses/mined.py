@@ -49,15 +49,15 @@ class MinedTriplet(Objective):
         d, power = table.distances, 2 if self.squared else 1
         w = self.chooser.weigh(table, self.margin, power)
         m = (w.mined if self.reduction == "mined" else w.active).clamp_min(1).to(d.dtype)
-        near, far = w.positives.div_(m), w.negatives.div_(m)
+        near, far = w.positives / m, w.negatives / -m       # new tables: the compiler refuses saved ones changed in place
         reach = (d.square() if power == 2 else d).flatten()
         tightness = near.flatten().dot(reach)
-        contrast = self.margin * w.active.to(d.dtype) / m - far.flatten().dot(reach)
+        contrast = self.margin * w.active.to(d.dtype) / m + far.flatten().dot(reach)
         if power == 1:
             steep = d.masked_fill(d == 0, torch.inf).mul_(2)
-            near, far = near.div_(steep), far.div_(steep)
+            near, far = near / steep, far / steep
         self.counts |= dict(mined=w.mined, active=w.active)
-        return tightness, contrast, sided_gradient, (table.points, near, far.neg_())
+        return tightness, contrast, sided_gradient, (table.points, near, far)
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "One table for miner and loss."
