@@ -25,6 +25,7 @@ OTHER = {
                    normalize=True),
     "contrastive": dict(margin=1.6, positive_margin=.2, squared=False, reduction="pair", normalize=False),
     "cross_entropy": dict(bias=False, label_smoothing=.2, smoothing="paper"),
+    "mined_triplet": dict(miner="hard", margin=.5, squared=False, reduction="nonzero", normalize=False),
     "multi_similarity": dict(alpha=1., beta=10., threshold=.1, mining=.1, self_pairs=True, reduction="valid",
                              normalize=False),
     "normalized_softmax": dict(temperature=.3, label_smoothing=.2, smoothing="paper"),
@@ -118,6 +119,19 @@ def multi_similarity_loop(Z, y, alpha=2., beta=50., threshold=.5, mining=None, s
         T.append(log(1 + sum(exp(-alpha * (s[j] - threshold)) for j in P)) / alpha)
         C.append(log(1 + sum(exp(beta * (s[j] - threshold)) for j in N)) / beta)
     return [sum(t) / max(len(t), 1) for t in (T, C)]
+
+
+def mined_triplet_loop(Z, y, miner="semihard", margin=.2, squared=True, reduction="mined", normalize=True):
+    Z, n, T, C, mined = unit_rows(Z) if normalize else Z, len(y), [], [], 0
+    d = [[(Z[i] - Z[j]).norm().item() ** (2 if squared else 1) for j in range(n)] for i in range(n)]
+    for i in range(n):
+        P, N = [d[i][j] for j in range(n) if y[j] == y[i] and j != i], [d[i][j] for j in range(n) if y[j] != y[i]]
+        chosen = [(p, min(far)) for p in P if (far := [k for k in N if k > p])] if miner == "semihard" else \
+            [(max(P), min(N))] if P and N else []
+        mined += len(chosen)
+        active = [(p, k) for p, k in chosen if p - k + margin > 0]
+        T += [p for p, _ in active]; C += [margin - k for _, k in active]
+    return [sum(t) / max(len(t) if reduction == "nonzero" else mined, 1) for t in (T, C)]
 
 
 def spce_loop(Z, y, lam=.002, self_pairs=False, normalize=True):
