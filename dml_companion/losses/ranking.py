@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Near', 'may_look', 'near_table', 'both_ways', 'similarity_pull', 'distance_pull', 'per_square', 'violations_sorted',
            'violations', 'Triplets', 'all_triplets', 'TripletLoss', 'log_sum_far', 'log_sum_near', 'some_of_each',
-           'SoftRanking', 'LiftedLoss', 'GeneralizedLiftedLoss', 'zero_with_slope', 'MarginLoss', 'first_pairs',
-           'NPairLoss', 'CircleLoss', 'Blocks', 'class_blocks', 'within', 'mix_within', 'AngularLoss', 'without_mean',
-           'ratio_pull', 'SNRLoss', 'Thresholds', 'sort_thresholds', 'negative_pairs', 'stranger_counts',
-           'all_quadruplets', 'QuadrupletLoss', 'soft_bins', 'HistogramLoss']
+           'SoftRanking', 'LiftedLoss', 'GeneralizedLiftedLoss', 'check_weight', 'zero_with_slope', 'MarginLoss',
+           'first_pairs', 'NPairLoss', 'CircleLoss', 'Blocks', 'class_blocks', 'within', 'mix_within', 'AngularLoss',
+           'without_mean', 'ratio_pull', 'SNRLoss', 'Thresholds', 'sort_thresholds', 'negative_pairs',
+           'stranger_counts', 'all_quadruplets', 'QuadrupletLoss', 'soft_bins', 'HistogramLoss']
 
 # %% ../../nbs/03_objectives/20_ranking.ipynb #c02
 from functools import partial
@@ -84,7 +84,7 @@ def violations(thresholds: Tensor, # (n, w) positives plus margin, -inf where th
                values: Tensor, # (n, n) negatives, huge where there is none
               ) -> tuple[Tensor, Tensor]: # (n, w), (n, n): how many of the other kind each one is in conflict with
     "For each threshold the number of values of its row below it, for each value the number of thresholds above it."
-    if thresholds.shape[1] > 48: return violations_sorted(thresholds, values)
+    if thresholds.shape[1] > 64: return violations_sorted(thresholds, values)
     below, above, lies_below = torch.empty_like(thresholds), torch.zeros_like(values), torch.empty_like(values)
     for slot in range(thresholds.shape[1]):
         torch.lt(values, thresholds[:, slot, None], out=lies_below)
@@ -137,7 +137,8 @@ class TripletLoss(PairLoss):
         values = distances.square() if self.squared else distances.clone()
         t = all_triplets(values, near, sizes, self.margin, self.reduction)
         tight, spread = t.tight, t.spread
-        if not self.squared: tight, spread = per_square(tight, distances.gather(1, near.index)), per_square(spread, distances)
+        if not self.squared:
+            tight, spread = per_square(tight, distances.gather(1, near.index)), per_square(spread, distances)
         return t.tightness, t.contrast, distance_pull, (a, near.index, tight, torch.zeros_like(tight), spread)
 
 # %% ../../nbs/03_objectives/20_ranking.ipynb #c22
@@ -190,7 +191,7 @@ class SoftRanking(PairLoss):
 # %% ../../nbs/03_objectives/20_ranking.ipynb #c24
 @register("lifted", "ranking", "Oh Song et al. 2016")
 class LiftedLoss(SoftRanking):
-    "Each positive pair against the negatives of both ends, eq. (3), the official 1/(2|P|) (Oh Song et al. 2016, eq. 4)."
+    "Positive pairs against the negatives of both ends, eq. (3), official 1/(2|P|) (Oh Song et al. 2016, eq. 4)."
     def rank(self, sizes: Tensor, near: Near, close: Tensor, far: Tensor):
         "Ordered pairs: each is counted twice and so is |P|."
         pairs = near.real & (sizes < len(sizes))[:, None]
@@ -222,6 +223,12 @@ class GeneralizedLiftedLoss(SoftRanking):
         return w @ pull, w @ far, shares * w[:, None], torch.zeros_like(shares), w
 
 # %% ../../nbs/03_objectives/20_ranking.ipynb #c32
+def check_weight(**values: float) -> None:
+    "ValueError for any of the named weights that is negative or not finite."
+    for name, value in values.items():
+        if not (isinstance(value, (int, float)) and 0 <= value < torch.inf):
+            raise ValueError(f"{name} must be at least 0 and finite, got {value!r}: 0 turns it off")
+
 def zero_with_slope(x: Tensor, # (m,) a parameter's values
                     slope: Tensor, # (m,)
                    ) -> Tensor: # () the number 0, whose gradient in `x` is `slope`
@@ -232,7 +239,7 @@ def zero_with_slope(x: Tensor, # (m,) a parameter's values
 @register("margin", "ranking", "Wu et al. 2017", own=("proxies",))
 class MarginLoss(PairLoss):
     "Pairs against a learned boundary, eq. (5) (Wu et al. 2017, eq. 6); beta is a parameter of the kind 'proxies'."
-    def __init__(self, num_classes: int | None = None, dim: int | None = None, *, # num_classes is needed for learn="class"
+    def __init__(self, num_classes: int | None = None, dim: int | None = None, *, # K for learn="class"
                  margin: float = .2, # alpha: half the width of the empty zone
                  beta: float = 1.2, # where the boundary starts; random directions are 1.41 apart
                  learn: str = "one", # one boundary, one a "class", or "none": it stays
@@ -242,7 +249,7 @@ class MarginLoss(PairLoss):
         super().__init__(num_classes, dim, normalize=normalize)
         check_positive(margin=margin, beta=beta)
         check_choice(("one", "class", "none"), learn=learn); check_choice(("triplets", "pairs"), count=count)
-        if not 0 <= nu < torch.inf: raise ValueError(f"nu must be at least 0 and finite, got {nu}: 0 leaves beta alone")
+        check_weight(nu=nu)
         if normalize and beta + margin >= 2:
             raise ValueError(f"beta + margin must be below 2, got {beta} + {margin}: unit vectors are at most 2 apart, "
                              "so no negative could satisfy it; take a smaller one or normalize=False")
@@ -273,7 +280,8 @@ class MarginLoss(PairLoss):
         values = w_near @ inside.sum(1), w_far @ outside.sum(1)
         tight.mul_(w_near[:, None]), spread.mul_(-w_far[:, None])
         betas = -tight.sum(1), -spread.sum(1)
-        return *values, *betas, (a, near.index, per_square(tight, close), torch.zeros_like(close), per_square(spread, distances))
+        tight, spread = per_square(tight, close), per_square(spread, distances)
+        return *values, *betas, (a, near.index, tight, torch.zeros_like(tight), spread)
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "The closed form in the embeddings; the boundary's gradient beside it."
@@ -288,17 +296,19 @@ class MarginLoss(PairLoss):
 
     def extra_repr(self) -> str:
         "The options; the boundary now stands for the one it started from."
-        return f"margin={self.margin}, beta={self.start}, learn={self.learn!r}, count={self.count!r}, nu={self.nu}, normalize={self.normalize}"
+        return (f"margin={self.margin}, beta={self.start}, learn={self.learn!r}, count={self.count!r}, nu={self.nu}, "
+                f"normalize={self.normalize}")
 
 # %% ../../nbs/03_objectives/20_ranking.ipynb #c40
 def first_pairs(labels: Tensor, # (n,) int64
-               ) -> tuple[Tensor, Tensor, Tensor]: # (m,) anchors, (m,) positives, (m,) bool: is it a pair? m = n // 2, at least 1
-    "The first two samples of each class that has two, in a table of fixed size."
-    n, m = len(labels), max(len(labels) // 2, 1)
-    ordered, order = labels.sort(stable=True)
+               ) -> tuple[Tensor, Tensor, Tensor]: # (m,) anchors, positives, and bool: a pair? On a GPU m = n // 2
+    "The first two samples of each class that has two."
+    n, (ordered, order) = len(labels), labels.sort(stable=True)
     starts = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True) & F.pad(ordered[1:] == ordered[:-1], (0, 1))
+    m = max(int(starts.sum()) if may_look(labels) else n // 2, 1)
     slot = torch.where(starts, starts.cumsum(0) - 1, m)
-    at = torch.zeros(m + 1, dtype=torch.int64, device=labels.device).scatter_(0, slot, torch.arange(n, device=labels.device))[:m]
+    places = torch.arange(n, device=labels.device)
+    at = labels.new_zeros(m + 1).scatter_(0, slot, places)[:m]
     real = torch.arange(m, device=labels.device) < starts.sum()
     return order[at], order[(at + 1).clamp_max(n - 1)], real
 
@@ -312,7 +322,7 @@ class NPairLoss(PairLoss):
                  normalize: bool = False): # unit sphere first; not the paper's loss
         super().__init__(num_classes, dim, normalize=normalize)
         check_choice(("first", "all"), pairs=pairs)
-        if not 0 <= norm_weight < torch.inf: raise ValueError(f"norm_weight must be at least 0 and finite, got {norm_weight}: 0 turns it off")
+        check_weight(norm_weight=norm_weight)
         self.norm_weight, self.pairs = norm_weight, pairs
 
     def rule(self, labels: Tensor, sizes: Tensor, z: Tensor):
@@ -327,14 +337,15 @@ class NPairLoss(PairLoss):
         shares.mul_((w - stays).sum(1, keepdim=True))
         return tightness, contrast, similarity_pull, (z, near.index, -w, stays, shares)
 
-    def strict(self, x: Tensor, labels: Tensor) -> tuple[Parts, Tensor]: # parts, (n,) weight of each sample's length
+    def strict(self, x: Tensor, labels: Tensor) -> tuple[Parts, Tensor]: # parts, () mean squared length
         "One pair a class: a small table, left to autograd."
         a, p, real = first_pairs(labels)
         real = real & (real.sum() > 1)                                   # a single class has nothing to be told from
-        logits = (x[a] @ x[p].T).masked_fill(~real, torch.finfo(x.dtype).min)
-        w = real / real.sum().clamp_min(1).to(x.dtype)
-        own = (x[a] * x[p]).sum(1)
-        lengths = x.new_zeros(len(x)).index_add(0, a, w / 2).index_add(0, p, w / 2)
+        chosen, w = x[torch.cat([a, p])], real / real.sum().clamp_min(1).to(x.dtype)
+        anchors, positives = chosen.chunk(2)
+        logits = (anchors @ positives.T).masked_fill(~real, torch.finfo(x.dtype).min)
+        own = (anchors * positives).sum(1)
+        lengths = torch.cat([w, w]) @ chosen.square().sum(1) / 2 if self.norm_weight else 0.
         return Parts(-(w @ own), w @ torch.where(real, logits.logsumexp(1), 0)), lengths
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
@@ -342,12 +353,12 @@ class NPairLoss(PairLoss):
         sizes = own_class_sizes(labels)
         self.counts = lonely(sizes)
         x = unit_rows(embeddings) if self.normalize else embeddings
-        if self.pairs == "first": (T, C), w = self.strict(x, labels)
+        if self.pairs == "first": (T, C), lengths = self.strict(x, labels)
         else:
             T, C = closed_form(x, partial(self.rule, labels, sizes))
             w = (sizes - 1) * (sizes < len(sizes))
-            w = w / w.sum().clamp_min(1).to(x.dtype)
-        return Parts(T + self.norm_weight * (w @ x.square().sum(1)), C)
+            lengths = (w / w.sum().clamp_min(1).to(x.dtype)) @ x.square().sum(1) if self.norm_weight else 0.
+        return Parts(T + self.norm_weight * lengths, C)
 
 # %% ../../nbs/03_objectives/20_ranking.ipynb #c52
 @register("circle", "ranking", "Sun et al. 2020")
@@ -396,7 +407,8 @@ class CircleLoss(PairLoss):
         over, open_ = F.softplus(pull + push) - pull, torch.sigmoid(pull + push)
         tightness, contrast = (w * pull).sum(), (w * over.where(w > 0, 0)).sum()
         tight, closing = tight.mul_(w_pull[:, None]), (open_ - 1).expand_as(w_pull)[:, None]
-        return tightness, contrast, similarity_pull, (z, near.index, tight, tight * closing, spread.mul_((w_push * open_)[:, None]))
+        spread.mul_((w_push * open_)[:, None])
+        return tightness, contrast, similarity_pull, (z, near.index, tight, tight * closing, spread)
 
 # %% ../../nbs/03_objectives/20_ranking.ipynb #c60
 class Blocks(NamedTuple):
@@ -489,8 +501,9 @@ class SNRLoss(PairLoss):
                  reduction: str = "nonzero", # mean over open hinges, or over "all"
                  normalize: bool = False): # unit sphere first; not the paper's loss
         super().__init__(num_classes, dim, normalize=normalize)
-        check_positive(margin=margin); check_choice(("triplet", "contrastive"), form=form); check_choice(("nonzero", "all"), reduction=reduction)
-        if not 0 <= mean_weight < torch.inf: raise ValueError(f"mean_weight must be at least 0 and finite, got {mean_weight}: 0 turns it off")
+        check_positive(margin=margin); check_choice(("triplet", "contrastive"), form=form)
+        check_choice(("nonzero", "all"), reduction=reduction)
+        check_weight(mean_weight=mean_weight)
         self.form, self.margin, self.mean_weight, self.reduction = form, margin, mean_weight, reduction
 
     def pairs(self, values: Tensor, near: Near, sizes: Tensor) -> Triplets:
@@ -508,9 +521,11 @@ class SNRLoss(PairLoss):
         inverse = torch.where(signal > torch.finfo(c.dtype).tiny, 1 / signal, 0)[:, None]
         values = distance_table(a).square_().mul_(inverse)
         close = values.gather(1, near.index)
-        t = all_triplets(values, near, sizes, self.margin, self.reduction) if self.form == "triplet" else self.pairs(values, near, sizes)
+        t = (all_triplets(values, near, sizes, self.margin, self.reduction) if self.form == "triplet"
+             else self.pairs(values, near, sizes))
         own = [(slope * v).sum(1).mul_(-inverse[:, 0]) for slope, v in ((t.tight, close), (t.spread, values))]
-        return t.tightness, t.contrast, ratio_pull, (a, near.index, t.tight * inverse, torch.zeros_like(close), t.spread * inverse, c, *own)
+        slopes = t.tight * inverse, torch.zeros_like(close), t.spread * inverse
+        return t.tightness, t.contrast, ratio_pull, (a, near.index, *slopes, c, *own)
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "Means out, then pairs; a row whose coordinates are all equal has no signal and takes no part in the gradient."
@@ -586,7 +601,8 @@ class QuadrupletLoss(PairLoss):
                  reduction: str = "nonzero", # each sum: mean over what is violated, or over "all"
                  normalize: bool = True): # unit sphere first
         super().__init__(num_classes, dim, normalize=normalize)
-        check_positive(margin=margin, stranger_margin=stranger_margin); check_choice(("nonzero", "all"), reduction=reduction)
+        check_positive(margin=margin, stranger_margin=stranger_margin)
+        check_choice(("nonzero", "all"), reduction=reduction)
         self.margin, self.stranger_margin, self.squared, self.reduction = margin, stranger_margin, squared, reduction
 
     def rule(self, labels: Tensor, sizes: Tensor, z: Tensor):
@@ -598,7 +614,8 @@ class QuadrupletLoss(PairLoss):
         t = all_triplets(values, near, sizes, self.margin, self.reduction)
         q = all_quadruplets(values, close, near, sizes, classes, self.stranger_margin, self.reduction)
         tight, spread = t.tight + q.tight, t.spread.add_(q.spread)
-        if not self.squared: tight, spread = per_square(tight, distances.gather(1, near.index)), per_square(spread, distances)
+        if not self.squared:
+            tight, spread = per_square(tight, distances.gather(1, near.index)), per_square(spread, distances)
         return (t.tightness + q.tightness, t.contrast + q.contrast, distance_pull,
                 (a, near.index, tight, torch.zeros_like(tight), spread))
 
@@ -621,7 +638,8 @@ class HistogramLoss(PairLoss):
     def __init__(self, num_classes: int | None = None, dim: int | None = None, *, # both ignored
                  bins: int = 100): # intervals of the cosine, each 2 / bins wide
         super().__init__(num_classes, dim)
-        if not (isinstance(bins, int) and bins >= 1): raise ValueError(f"bins must be a whole number >= 1, got {bins!r}: papers use 100 to 200")
+        if not (isinstance(bins, int) and bins >= 1):
+            raise ValueError(f"bins must be a whole number >= 1, got {bins!r}: papers use 100 to 200")
         self.bins = bins
 
     def rule(self, labels: Tensor, sizes: Tensor, z: Tensor):
@@ -636,4 +654,5 @@ class HistogramLoss(PairLoss):
         inside = close.abs() <= 1
         tight, loose = -w_near / 2, w_near / 2 - step * w_near * minus[at] * inside
         spread = w_far.mul_(step * plus[1:][left]).mul_(s.abs() <= 1)
-        return tightness, minus @ running * some - tightness, similarity_pull, (z, near.index, tight * some, loose * some, spread * some)
+        slopes = tight * some, loose * some, spread * some
+        return tightness, minus @ running * some - tightness, similarity_pull, (z, near.index, *slopes)
