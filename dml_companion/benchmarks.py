@@ -14,9 +14,9 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from . import datasets
-from .datasets import (FOLDER_HELP, GROCERY_HELP, MAX_RATIO, OMNIGLOT_HELP, PACK_FORMAT, BadArchive,
+from .datasets import (FOLDER_HELP, GROCERY_HELP, MAX_RATIO, OMNIGLOT_HELP, BadArchive,
                                     BrokenPack, Dataset, Files, MissingData, Pack, Sides, Source, cache_folder, dataset,
-                                    known_datasets, missing, open_pack, read_image, refuse, sha256_json, unsafe_member,
+                                    known_datasets, missing, open_pack, pack_folder, read_image, refuse, sha256_json, unsafe_member,
                                     verify_pack, zip_files)
 
 # %% auto #0
@@ -25,8 +25,8 @@ __all__ = ['OFFICIAL', 'ARCHIVES', 'CUB', 'SOP', 'LAYOUTS', 'FOLDERS', 'FACTS', 
            'Listing', 'unsafe_tar_member', 'tar_members', 'unpack', 'kept_listing', 'keep_listing', 'tar_files',
            'Place', 'folder_place', 'archive_place', 'place', 'joined', 'Census', 'counts', 'check', 'squeezed',
            'pack_census', 'rows', 'number', 'cub', 'read_mat', 'car_rows', 'car_models', 'cars_census', 'cars196',
-           'sop', 'inshop_census', 'inshop', 'NotPrepared', 'packs_on_disk', 'pack_folder', 'remove_pack',
-           'standing_pack', 'watching', 'Prepared', 'prepare', 'verify', 'Line', 'inventory', 'pack_bytes', 'card']
+           'sop', 'inshop_census', 'inshop', 'NotPrepared', 'packs_on_disk', 'remove_pack', 'standing_pack', 'watching',
+           'Prepared', 'prepare', 'verify', 'Line', 'inventory', 'pack_bytes', 'card']
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c05
 class Counts(NamedTuple):
@@ -515,11 +515,6 @@ def packs_on_disk(cache: str | Path | None = None) -> dict[Path, dict]: # folder
         try: found[file.parent] = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError): found[file.parent] = {}
     return found
-
-def pack_folder(source: Source, cache: str | Path | None = None) -> Path:
-    "The folder in which `ensure_pack` keeps the pack of a source."
-    key = sha256_json([PACK_FORMAT, source.name, source.fingerprint, list(source.shape)])[:16]
-    return cache_folder(cache) / f"{source.name}-{source.shape[1]}px-{key}"
 
 def remove_pack(folder: Path) -> None:
     "Remove a pack, but not while another process builds it."

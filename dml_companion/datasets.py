@@ -27,11 +27,11 @@ __all__ = ['PACK_FORMAT', 'CHUNK', 'STALE', 'DATASETS', 'PROVIDERS', 'COMMON', '
            'OMNIGLOT', 'OMNIGLOT_DRAWERS', 'OMNIGLOT_HELP', 'IMAGE_ENDINGS', 'FOLDER_HELP', 'GROCERY_CLASSES',
            'GROCERY_HELP', 'Rows', 'Split', 'Dataset', 'die', 'take_classes', 'holdout_classes', 'subset_classes',
            'Source', 'Pack', 'BrokenPack', 'sha256_json', 'image_hash', 'packed_rows', 'mark_rows', 'write_pack',
-           'file_facts', 'open_pack', 'verify_pack', 'cache_folder', 'ensure_pack', 'forget_old', 'sound_pack', 'Sides',
-           'view', 'content_digest', 'limit', 'assemble', 'Entry', 'dataset', 'known_datasets', 'refuse', 'load',
-           'data_digest', 'glyph_points', 'draw_glyph', 'glyph_name', 'glyph_source', 'clean_glyphs', 'base_letter',
-           'glyphs', 'MissingData', 'BadArchive', 'BrokenImage', 'Files', 'unsafe_member', 'zip_files', 'folder_files',
-           'decode', 'read_image', 'missing', 'omniglot_half', 'omniglot_classes', 'hidden', 'omniglot',
+           'file_facts', 'open_pack', 'verify_pack', 'cache_folder', 'pack_folder', 'ensure_pack', 'forget_old',
+           'sound_pack', 'Sides', 'view', 'content_digest', 'limit', 'assemble', 'Entry', 'dataset', 'known_datasets',
+           'refuse', 'load', 'data_digest', 'glyph_points', 'draw_glyph', 'glyph_name', 'glyph_source', 'clean_glyphs',
+           'base_letter', 'glyphs', 'MissingData', 'BadArchive', 'BrokenImage', 'Files', 'unsafe_member', 'zip_files',
+           'folder_files', 'decode', 'read_image', 'missing', 'omniglot_half', 'omniglot_classes', 'hidden', 'omniglot',
            'image_classes', 'read_class_list', 'unseen_classes', 'ImageFolderSplit', 'grocery']
 
 # %% ../nbs/01_foundations/01_datasets.ipynb #c06
@@ -250,11 +250,15 @@ def cache_folder(cache: str | Path | None = None) -> Path:
     "Where packs live: the argument, else the environment variable DML_CACHE, else ~/.cache/dml-companion."
     return Path(cache or os.environ.get("DML_CACHE") or "~/.cache/dml-companion").expanduser()
 
+def pack_folder(source: Source, cache: str | Path | None = None) -> Path:
+    "Where the pack of a source lies, or will lie; nothing is written."
+    key = sha256_json([PACK_FORMAT, source.name, source.fingerprint, list(source.shape)])[:16]
+    return cache_folder(cache) / f"{source.name}-{source.shape[1]}px-{key}"
+
 def ensure_pack(source: Source, cache: str | Path | None = None, progress: bool = True) -> Pack:
     "The pack of a source: opened when it exists and is sound, else written (or finished) and put in place by one rename."
-    key = sha256_json([PACK_FORMAT, source.name, source.fingerprint, list(source.shape)])[:16]
-    home = cache_folder(cache)
-    final = home / f"{source.name}-{source.shape[1]}px-{key}"
+    final = pack_folder(source, cache)
+    home = final.parent
     unfinished = home / f".unfinished-{final.name}"
     if sound := sound_pack(final): return sound
     try:
@@ -353,8 +357,8 @@ def refuse(what: str, given: str, known: Iterable[str]) -> ValueError:
     "An error that names the wrong value, the nearest right one and all right ones."
     known = list(known)
     shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-    near = difflib.get_close_matches(str(given), known, 1, 0)
-    guess = f", did you mean {near[0]!r}?" if near else "."
+    near = difflib.get_close_matches(str(given).lower(), {k.lower(): k for k in known}, 1, .4)
+    guess = f", did you mean {next(k for k in known if k.lower() == near[0])!r}?" if near else "."
     return ValueError(f"unknown {what} {given!r}{guess} Known: {shown or 'none'}")
 
 COMMON = ("max_train_classes", "max_test_classes") # options of every set
@@ -668,8 +672,9 @@ def unseen_classes(names: Sequence[str], # sorted class names
         chosen = ranked[len(names) - int(len(names) * split + 1e-9):]
     else: chosen = list(split)
     chosen = sorted({unicodedata.normalize("NFC", str(n)) for n in chosen})
+    known = set(names)
     for n in chosen:
-        if n not in set(names): raise refuse("class in split", n, names)
+        if n not in known: raise refuse("class in split", n, names)
     if not 0 < len(chosen) < len(names):
         raise ValueError(f"split={split!r} makes {len(chosen)} of {len(names)} classes unseen: leave one for each side")
     return chosen

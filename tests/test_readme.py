@@ -100,7 +100,7 @@ def test_git_clone_line_is_the_project_s_address():
 
 def test_tables_are_the_committed_ones():
     quotes = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", README, re.S)
-    assert [path for path, _ in quotes] == ["figures/quick/retrieval_cosine.md", "figures/quick/claims.md"]
+    assert [path for path, _ in quotes] == ["figures/glyphs/retrieval_cosine.md", "figures/quick/claims.md"]
     for path, shown in quotes: assert shown.strip() == (ROOT / path).read_text(encoding="utf-8").strip()
 
 
