@@ -22,7 +22,7 @@ OTHER = {
     "triplet": dict(margin=.6, squared=False, reduction="all", normalize=False),
     "lifted": dict(margin=.4, normalize=False),
     "generalized_lifted": dict(margin=.4, reduction="valid", normalize=False),
-    "margin": dict(margin=.4, beta=.9, learn="class", count="pairs", nu=.3, normalize=False),
+    "margin": dict(margin=.4, beta=.9, learn="class", num_samples=7, count="pairs", nu=.3, normalize=False),
     "n_pair": dict(norm_weight=.1, pairs="all", normalize=True),
     "circle": dict(margin=.25, gamma=20., pairs="batch", detach=False, reduction="anchor"),
     "angular": dict(alpha=36.),
@@ -31,7 +31,7 @@ OTHER = {
     "histogram": dict(bins=7),
 }
 NAMES = sorted(OTHER)
-SILENT = {("margin", "learn"), ("circle", "detach")}               # these change what is learned, not the value
+SILENT = {("margin", "learn"), ("margin", "num_samples"), ("circle", "detach")}               # these change what is learned, not the value
 
 
 def _variants():
@@ -352,7 +352,11 @@ def test_the_tables_name_every_option():
     (lambda: GeneralizedLiftedLoss(reduction="al"), ["reduction 'al'", "anchor", "valid"]),
     (lambda: MarginLoss(beta=1.9), ["1.9", "2", "normalize=False"]),
     (lambda: MarginLoss(learn="class"), ["num_classes", "None"]),
-    (lambda: MarginLoss(learn="sample"), ["learn 'sample'", "class", "one"]),
+    (lambda: MarginLoss(learn="image"), ["learn 'image'", "class", "sample", "one"]),
+    (lambda: MarginLoss(learn="sample"), ["num_samples", "None"]),
+    (lambda: MarginLoss(learn="sample", num_samples=9)(torch.ones(2, 2), torch.tensor([0, 1])), ["all 2", "none", "loss.at"]),
+    (lambda: MarginLoss(learn="sample", num_samples=9).at(torch.arange(3))(torch.ones(2, 2), torch.tensor([0, 1])), ["all 2", "3"]),
+    (lambda: MarginLoss(learn="sample", num_samples=2).at(torch.arange(3))(torch.ones(3, 2), torch.arange(3)), ["0 to 2", "0 to 1"]),
     (lambda: MarginLoss(nu=-1), ["nu", "-1"]),
     (lambda: MarginLoss(3, learn="class")(torch.ones(2, 2), torch.tensor([0, 3])), ["3", "0 to 2"]),
     (lambda: NPairLoss(norm_weight=-1), ["norm_weight", "-1"]),
@@ -463,6 +467,28 @@ def test_beta_moves_towards_the_gap_and_is_free_of_weight_decay():
     groups = parameter_groups(torch.nn.Linear(2, 2), loss, Recipe(objective="margin", weight_decay=.1))
     assert [g["weight_decay"] for g in groups if g["name"] == "proxies"] == [0.]
     assert not MarginLoss.param_kind and not MarginLoss(learn="none").param_groups()
+
+
+def test_one_beta_a_sample():
+    "Numbers said once a batch; equal to the tuples, in value and in the gradient of those betas that were asked for."
+    Z, y = batch(8, seed=2, classes=3)
+    samples, loss = torch.tensor([7, 1, 4, 0, 9, 3, 8, 2]), base.filled(MarginLoss(learn="sample", num_samples=12, nu=.3))
+    loss.beta.data.sigmoid_()
+    V, (P, N) = plain_distances(unit(Z)), kinds(y)
+    ours = loss.at(samples).parts(Z, y)
+    T = C = active = 0
+    for i in range(8):
+        for js, sign, w in ((P[i], 1, len(N[i])), (N[i], -1, len(P[i]))):
+            hinge = (loss.margin + sign * (V[i, js] - loss.beta[samples[i]])).relu()
+            active += w * int((hinge > 0).sum())
+            if sign > 0: T = T + w * hinge.sum()
+            else: C = C + w * hinge.sum()
+    tuples = T / active + .3 * loss.beta[samples].mean(), C / active
+    assert_close(tuple(ours), tuples, rtol=1e-10, atol=1e-12)
+    grads = [torch.autograd.grad(sum(parts), loss.beta)[0] for parts in (ours, tuples)]
+    assert_close(*grads, rtol=1e-9, atol=1e-12)
+    assert (grads[0][[5, 6, 10, 11]] == 0).all()
+    with pytest.raises(ValueError): loss(Z, y)                   # said once, used once
 
 
 def test_lengths_beyond_float32_squares():

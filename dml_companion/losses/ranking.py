@@ -141,7 +141,7 @@ class TripletLoss(PairLoss):
             tight, spread = per_square(tight, distances.gather(1, near.index)), per_square(spread, distances)
         return t.tightness, t.contrast, distance_pull, (a, near.index, tight, torch.zeros_like(tight), spread)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c22
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c25
 def log_sum_far(scores: Tensor, # (n, n), overwritten
                 near: Near, # what must not take part, with the diagonal
                ) -> tuple[Tensor, Tensor]: # (n,) log-sum-exp over the negatives, (n, n) its slopes
@@ -162,7 +162,7 @@ def some_of_each(sizes: Tensor, # (n,) own class sizes
     "The anchors that can be ranked."
     return (sizes > 1) & (sizes < len(sizes))
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c23
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c26
 class SoftRanking(PairLoss):
     "What both lifted losses share."
     def __init__(self, num_classes: int | None = None, dim: int | None = None, *, # both ignored
@@ -188,7 +188,7 @@ class SoftRanking(PairLoss):
         spread = per_square(shares.mul_(-slope[:, None]), distances)
         return tightness, contrast, distance_pull, (a, near.index, tight, loose, spread)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c24
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c27
 @register("lifted", "ranking", "Oh Song et al. 2016")
 class LiftedLoss(SoftRanking):
     "Positive pairs against the negatives of both ends, eq. (3), official 1/(2|P|) (Oh Song et al. 2016, eq. 4)."
@@ -222,7 +222,7 @@ class GeneralizedLiftedLoss(SoftRanking):
         pull, far = pull.where(w > 0, 0), far.where(w > 0, 0)
         return w @ pull, w @ far, shares * w[:, None], torch.zeros_like(shares), w
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c32
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c35
 def check_weight(**values: float) -> None:
     "ValueError for any of the named weights that is negative or not finite."
     for name, value in values.items():
@@ -235,28 +235,32 @@ def zero_with_slope(x: Tensor, # (m,) a parameter's values
     "Hand a known gradient to autograd without changing a value."
     return (x - x.detach()) @ slope
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c33
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c36
 @register("margin", "ranking", "Wu et al. 2017", own=("proxies",))
 class MarginLoss(PairLoss):
     "Pairs against a learned boundary, eq. (5) (Wu et al. 2017, eq. 6); beta is a parameter of the kind 'proxies'."
     def __init__(self, num_classes: int | None = None, dim: int | None = None, *, # K for learn="class"
                  margin: float = .2, # alpha: half the width of the empty zone
                  beta: float = 1.2, # where the boundary starts; random directions are 1.41 apart
-                 learn: str = "one", # one boundary, one a "class", or "none": it stays
+                 learn: str = "one", # one boundary, one a "class", one a "sample" (see `at`), or "none": it stays
+                 num_samples: int | None = None, # images in the training set, for learn="sample"
                  count: str = "triplets", # a pair weighs as many triplets as it is in; "pairs": one
                  nu: float = 0., # weight of the mean beta, part of the tightness: > 0 asks for smaller classes
                  normalize: bool = True): # unit sphere first
         super().__init__(num_classes, dim, normalize=normalize)
         check_positive(margin=margin, beta=beta)
-        check_choice(("one", "class", "none"), learn=learn); check_choice(("triplets", "pairs"), count=count)
+        check_choice(("one", "class", "sample", "none"), learn=learn); check_choice(("triplets", "pairs"), count=count)
         check_weight(nu=nu)
         if normalize and beta + margin >= 2:
             raise ValueError(f"beta + margin must be below 2, got {beta} + {margin}: unit vectors are at most 2 apart, "
                              "so no negative could satisfy it; take a smaller one or normalize=False")
         if learn == "class" and not num_classes:
             raise ValueError(f"learn='class' keeps one beta a class: give num_classes, got {num_classes}")
+        if learn == "sample" and not num_samples:
+            raise ValueError(f"learn='sample' keeps one beta an image: give num_samples, got {num_samples}")
         self.margin, self.learn, self.count, self.nu, self.start = margin, learn, count, nu, beta
-        boundary = torch.full((num_classes if learn == "class" else 1,), float(beta))
+        self.num_samples, self.samples = num_samples, None
+        boundary = torch.full(({"class": num_classes, "sample": num_samples}.get(learn, 1),), float(beta))
         if learn == "none": self.register_buffer("beta", boundary)
         else:
             self.beta = nn.Parameter(boundary)
@@ -283,13 +287,31 @@ class MarginLoss(PairLoss):
         tight, spread = per_square(tight, close), per_square(spread, distances)
         return *values, *betas, (a, near.index, tight, torch.zeros_like(tight), spread)
 
+    def at(self, samples: Tensor, # (n,) int64: number of each image of the next batch, 0 to num_samples - 1
+          ) -> "MarginLoss": # itself: `loss.at(samples)(embeddings, labels)`
+        "Say which images come next; needed before each batch with learn='sample', ignored otherwise."
+        self.samples = samples
+        return self
+
+    def owners(self, labels: Tensor) -> Tensor: # (n,) int64: whose boundary each anchor has
+        "Place of each anchor's beta; ValueError if it has none."
+        if self.learn == "class": check_labels(labels, self.num_classes); return labels
+        if self.learn != "sample": return torch.zeros_like(labels)
+        samples, self.samples = self.samples, None                  # told once a batch, so that none is used twice
+        if samples is None or len(samples) != len(labels):
+            raise ValueError(f"learn='sample' needs the numbers of all {len(labels)} images, got "
+                             f"{'none' if samples is None else len(samples)}: call loss.at(samples)(embeddings, labels)")
+        if samples.device.type == "cpu" and not 0 <= samples.min() <= samples.max() < self.num_samples:
+            raise ValueError(f"samples reach from {samples.min()} to {samples.max()}, but num_samples={self.num_samples}: "
+                             f"number the images 0 to {self.num_samples - 1}")
+        return samples.to(labels.device)
+
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "The closed form in the embeddings; the boundary's gradient beside it."
         sizes = own_class_sizes(labels)
         self.counts = lonely(sizes)
-        if self.learn == "class": check_labels(labels, self.num_classes)
         z = unit_rows(embeddings) if self.normalize else embeddings
-        beta = self.beta.to(z.dtype)[labels if self.learn == "class" else torch.zeros_like(labels)]
+        beta = self.beta.to(z.dtype)[self.owners(labels)]
         with torch.no_grad(): tightness, contrast, pulled, pushed, saved = self.hinges(labels, sizes, z, beta)
         T, C = closed_form(z, lambda _: (tightness, contrast, distance_pull, saved))
         return Parts(T + zero_with_slope(beta, pulled) + self.nu * beta.mean(), C + zero_with_slope(beta, pushed))
@@ -299,7 +321,7 @@ class MarginLoss(PairLoss):
         return (f"margin={self.margin}, beta={self.start}, learn={self.learn!r}, count={self.count!r}, nu={self.nu}, "
                 f"normalize={self.normalize}")
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c40
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c43
 def first_pairs(labels: Tensor, # (n,) int64
                ) -> tuple[Tensor, Tensor, Tensor]: # (m,) anchors, positives, and bool: a pair? On a GPU m = n // 2
     "The first two samples of each class that has two."
@@ -312,7 +334,7 @@ def first_pairs(labels: Tensor, # (n,) int64
     real = torch.arange(m, device=labels.device) < starts.sum()
     return order[at], order[(at + 1).clamp_max(n - 1)], real
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c41
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c44
 @register("n_pair", "ranking", "Sohn 2016")
 class NPairLoss(PairLoss):
     "A softmax over raw products, each anchor against one sample of every class, eq. (6) (Sohn 2016, eqs. 7 and 9)."
@@ -360,7 +382,7 @@ class NPairLoss(PairLoss):
             lengths = (w / w.sum().clamp_min(1).to(x.dtype)) @ x.square().sum(1) if self.norm_weight else 0.
         return Parts(T + self.norm_weight * lengths, C)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c52
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c55
 @register("circle", "ranking", "Sun et al. 2020")
 class CircleLoss(PairLoss):
     "Similarities that pull in proportion to their distance from the goal, eq. (8) (Sun et al. 2020, eqs. 4 to 6)."
@@ -410,7 +432,7 @@ class CircleLoss(PairLoss):
         spread.mul_((w_push * open_)[:, None])
         return tightness, contrast, similarity_pull, (z, near.index, tight, tight * closing, spread)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c60
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c63
 class Blocks(NamedTuple):
     "The rows of each class side by side, so that products within classes are small; see `class_blocks`."
     rows: Tensor # (P, w) int64
@@ -442,7 +464,7 @@ def mix_within(weights: Tensor, # (n, w), 0 where there is no positive
     if blocks is None: return torch.zeros_like(v).scatter_add_(1, near.index, weights) @ v
     return (weights[blocks.rows] @ v[blocks.rows])[blocks.own, blocks.slot]
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c61
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c64
 @register("angular", "ranking", "Wang et al. 2017")
 class AngularLoss(PairLoss):
     "The angle at the negative, softly bounded by alpha, eq. (9), negatives normalised too (Wang et al. 2017, eq. 7)."
@@ -472,7 +494,7 @@ class AngularLoss(PairLoss):
         return (-(own * w).sum(), (torch.logaddexp(own, far) * w).sum(),
                 similarity_pull, (z, near.index, tight, -stays * tight, spread))
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c65
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c68
 def without_mean(x: Tensor, # (n, d)
                 ) -> Tensor: # (n, d) rows of mean 0; exactly 0 where rounding is all that would be left
     "Each row less its own mean."
@@ -480,7 +502,7 @@ def without_mean(x: Tensor, # (n, d)
     noise = (8 * torch.finfo(x.dtype).eps) ** 2 * x.detach().square().sum(1, keepdim=True)
     return torch.where(c.detach().square().sum(1, keepdim=True) > noise, c, 0)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c66
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c69
 def ratio_pull(d_tightness: Tensor, d_contrast: Tensor, a: Tensor, index: Tensor, # as `distance_pull`
                tight: Tensor, loose: Tensor, spread: Tensor, # slopes in the squared distances
                c: Tensor, # (n, d) rows without their means
@@ -490,7 +512,7 @@ def ratio_pull(d_tightness: Tensor, d_contrast: Tensor, a: Tensor, index: Tensor
     own = 2 * (own_tight * d_tightness + own_spread * d_contrast)
     return distance_pull(d_tightness, d_contrast, a, index, tight, loose, spread).add_(own[:, None] * c)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c67
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c70
 @register("snr", "ranking", "Yuan et al. 2019")
 class SNRLoss(PairLoss):
     "Triplets or pairs under the noise-to-signal ratio, eq. (10) (Yuan et al. 2019, eqs. 3, 5 and 8)."
@@ -534,7 +556,7 @@ class SNRLoss(PairLoss):
         T, C = closed_form(without_mean(x), partial(self.rule, labels, sizes))
         return Parts(T + self.mean_weight * x.sum(1).abs().mean(), C)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c72
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c76
 class Thresholds(NamedTuple):
     "All positive thresholds of a batch, in order and in order within classes; see `all_quadruplets`."
     values: Tensor # (m,) ascending
@@ -571,7 +593,7 @@ def stranger_counts(t: Thresholds, values: Tensor, # (m',) distances of the nega
         edges.index_add_(0, start, one).index_add_(0, end, -one)
     return below.index_add_(0, t.key_order, -edges[:-1].cumsum(0)), above
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c73
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c77
 def all_quadruplets(values: Tensor, # (n, n) symmetric; positives and diagonal are huge
                     close: Tensor, # (n, w) the positives' values
                     near: Near, sizes: Tensor, classes: Tensor, # (n,) int64 from 0 without gaps
@@ -590,7 +612,7 @@ def all_quadruplets(values: Tensor, # (n, n) symmetric; positives and diagonal a
     contrast = margin * active.to(values.dtype) / count + pushes.dot(apart)
     return Triplets((pulls * close).sum(), contrast, pulls, torch.zeros_like(values).index_put_((k, l), pushes))
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c74
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c78
 @register("quadruplet", "ranking", "Chen et al. 2017")
 class QuadrupletLoss(PairLoss):
     "All triplets, and all positive pairs against negative pairs of two other classes, eq. (11) (Chen et al. 2017, eq. 6)."
@@ -619,7 +641,7 @@ class QuadrupletLoss(PairLoss):
         return (t.tightness + q.tightness, t.contrast + q.contrast, distance_pull,
                 (a, near.index, tight, torch.zeros_like(tight), spread))
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c78
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c82
 def soft_bins(cosines: Tensor, # (...) any shape
               weights: Tensor, # same shape, sums to 1 (or 0)
               bins: int, # intervals of [-1, 1]
@@ -631,7 +653,7 @@ def soft_bins(cosines: Tensor, # (...) any shape
     h = cosines.new_zeros(bins + 1).index_add_(0, left.flatten(), (weights - right).flatten())
     return h.index_add_(0, left.flatten() + 1, right.flatten()), left
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c79
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c83
 @register("histogram", "ranking", "Ustinova and Lempitsky 2016")
 class HistogramLoss(PairLoss):
     "Estimated chance that a negative pair beats a positive one, eq. (12) (Ustinova and Lempitsky 2016, eqs. 2 to 5)."
