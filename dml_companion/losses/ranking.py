@@ -295,15 +295,18 @@ class MarginLoss(PairLoss):
 
     def owners(self, labels: Tensor) -> Tensor: # (n,) int64: whose boundary each anchor has
         "Place of each anchor's beta; ValueError if it has none."
-        if self.learn == "class": check_labels(labels, self.num_classes); return labels
+        if self.learn == "class":
+            check_labels(labels, self.num_classes)
+            return labels
         if self.learn != "sample": return torch.zeros_like(labels)
         samples, self.samples = self.samples, None                  # told once a batch, so that none is used twice
         if samples is None or len(samples) != len(labels):
-            raise ValueError(f"learn='sample' needs the numbers of all {len(labels)} images, got "
-                             f"{'none' if samples is None else len(samples)}: call loss.at(samples)(embeddings, labels)")
+            got = "none" if samples is None else len(samples)
+            raise ValueError(f"learn='sample' needs the numbers of all {len(labels)} images, got {got}: "
+                             "call loss.at(samples)(embeddings, labels)")
         if samples.device.type == "cpu" and not 0 <= samples.min() <= samples.max() < self.num_samples:
-            raise ValueError(f"samples reach from {samples.min()} to {samples.max()}, but num_samples={self.num_samples}: "
-                             f"number the images 0 to {self.num_samples - 1}")
+            raise ValueError(f"samples reach from {samples.min()} to {samples.max()}, but num_samples is "
+                             f"{self.num_samples}: number the images 0 to {self.num_samples - 1}")
         return samples.to(labels.device)
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
