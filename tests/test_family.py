@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dml_companion import measures as M
+from dml_companion import measures as M, reproduction as R
 from dml_companion.objective import locate
 from dml_companion.profiles import load_profile
 from dml_companion.reproduction import load_claims, load_records, mean_interval, write_record
@@ -172,10 +172,21 @@ def made_up(folder, rows, seeds, score, width, snapshots=lambda row, seed: True,
     return paths
 
 
-def run_notebook(**parameters):
+def numbers_only(fig, name, folder, records=(), data=None):
+    "In place of save_figure where no picture is looked at: drawing takes most of the time."
+    if data is not None: R.write_atomic(R.output_folder(folder) / f"{name}.csv", R.csv_text(data))
+
+
+def run_notebook(draw=False, **parameters):
     "Execute the cells in this process and return their names."
     import matplotlib
     matplotlib.use("Agg")
+    with pytest.MonkeyPatch.context() as patch:
+        if not draw: patch.setattr(R, "save_figure", numbers_only)
+        return cells_run(parameters)
+
+
+def cells_run(parameters):
     scope = {"display": lambda *a: None, "__name__": "notebook"}
     for source, tags in CELLS:
         exec(compile(source, "34_family", "exec"), scope)
@@ -197,7 +208,7 @@ def many(tmp_path_factory):
     noise = np.random.default_rng(4).normal(size=(35, 3)) * .004
     score = lambda i, s: .9 - .002 * (i // 2) + .003 * s + (noise[i // 2 * 2, s])
     paths = made_up(folder / "runs", ROWS, (0, 1, 2), score, lambda i: .05 + .02 * i, snapshots=lambda row, s: ROWS.index(row) % 7 != 6, seeds_of=lambda row: (1,) if row == "objective_05" else None)
-    return folder, paths, run_notebook(profile="made", records=paths, figures=str(folder / "figures"))
+    return folder, paths, run_notebook(draw=True, profile="made", records=paths, figures=str(folder / "figures"))
 
 
 def test_many_rows_claims_are_recounted(many):
@@ -283,7 +294,7 @@ def test_planted_worlds_decide_between_the_papers(tmp_path, better, holds, fails
 def test_one_seed_and_no_embeddings(tmp_path):
     "Nothing can be compared or measured: no claim is made, and the tables are still there."
     paths = made_up(tmp_path / "runs", ROWS[-5:], (0,), lambda i, s: .9 - .01 * i, lambda i: .1, snapshots=lambda *a: False)
-    scope = run_notebook(profile="made", records=paths, figures=str(tmp_path / "figures"))
+    scope = run_notebook(draw=True, profile="made", records=paths, figures=str(tmp_path / "figures"))
     assert not (tmp_path / "figures/claims").exists() and len(scope["without"]) == 5 and not len(scope["geometry"])
     assert {p.stem for p in (tmp_path / "figures").glob("*.svg")} == {"34_seeds", "34_pairs", "34_correlations"}
     assert all(l["R@1 ±"] == "" for l in rows_of(tmp_path / "figures/34_family.csv"))
