@@ -23,7 +23,7 @@ from .datasets import (BrokenImage, Dataset, Files, IMAGE_ENDINGS, MissingData, 
                                     assemble, ensure_pack, folder_files, hidden, image_classes, read_image, sha256_json,
                                     take_classes, unseen_classes, zip_files)
 from .encoders import Encoder, PRETRAINED, build_encoder, check_known, embed, fill
-from .objective import Objective, find, try_objective
+from .objective import CATALOGUE, Objective, find, try_objective
 from .reproduction import complaint, file_digest, now, read_json, write_atomic, write_json_atomic
 from .retrieval import evaluate, nearest
 from .training import Augment, Recipe, fit, pick_device, seed_everything
@@ -510,8 +510,9 @@ def save_sheet(fig: "matplotlib.figure.Figure", path: str | Path) -> Path: # noq
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c36
 def needs_pairs(cls: type[Objective]) -> bool:
-    "Does a loss own no vectors of classes, so that its batches must hold several images of a class?"
-    return not cls.param_kind
+    "Must its batches hold several images of a class? So for a loss without vectors of classes, and where the batch is the context."
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    return not cls.param_kind or any(e.path == path and e.family in ("ranking", "contextual") for e in CATALOGUE.values())
 
 RATES = {"classes": .002, "pairs": .01, "contrastive": .003} # did well on validation classes, batches of 64
 
