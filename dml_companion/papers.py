@@ -55,43 +55,50 @@ PAIRS = dict(sampler="balanced", per_class=4)
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c09
 CARDS["contrastive"] = Card(
-    2006, "Hadsell, Chopra, LeCun: Dimensionality Reduction by Learning an Invariant Mapping, CVPR 2006, eq. 4",
+    2006, "Hadsell, Chopra, LeCun: Dimensionality Reduction by Learning an Invariant Mapping, CVPR 2006",
     r"\frac1n\sum_i\Big[\sum_{j:y_j=y_i}D_{ij}^2+\sum_{j:y_j\ne y_i}[m-D_{ij}]_+^2\Big]",
     "sum over positives of D^2 + sum over negatives of [m - D]+^2, over n", "n²d", True,
     "springs between positives; pushes between negatives nearer than the margin",
-    (Knob("margin", (.3, 1.4), "linear", "unit vectors: random directions are 1.41 apart, so a larger margin never rests"),
+    (Knob("margin", (.3, 1.4), "linear", "unit vectors: random directions are 1.41 apart, so a larger margin never "
+    "rests"),
      Knob("reduction", ("anchor", "pair", "nonzero"), "choice", "changes the gradient tenfold: retune lr with it")),
     ROTH, {**REVISIT, "objective_options": dict(margin=1., squared=False, reduction="pair")}, {}, {},
     ("distance-weighted mining of one triplet an anchor; here all pairs", "Hadsell et al. train on raw embeddings, "
      "with pairs from a neighbourhood graph; their learning rate was not found", ADAM, DRAWN))
 
 CARDS["center"] = Card(
-    2016, "Wen et al.: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016, eq. 5",
+    2016, "Wen et al.: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016",
     r"\frac\lambda2\cdot\frac1n\sum_i\lVert x_i-c_{y_i}\rVert^2+\mathrm{CE}(x_i,y_i)",
     "lambda/2 * mean |x - c_y|^2 + cross-entropy", "nKd", True,
     "springs to the class centre; the whole cross-entropy",
-    (Knob("center_weight", (.001, .3), "log", "its use depends on the length of the embeddings: search it anew for each encoder"),
-     Knob("center_rate", (.1, 1.), "linear", "how fast running centres follow; smaller with few images of a class in a batch"),
+    (Knob("center_weight", (.001, .3), "log", "its use depends on the length of the embeddings: search it anew for "
+    "each encoder"),
+     Knob("center_rate", (.1, 1.), "linear", "how fast running centres follow; smaller with few images of a class in a "
+     "batch"),
      Knob("classifier_lr", (1., 10.), "log", "the classifier starts at zero")),
-    "memory only", {}, dict(objective_options=dict(center_weight=.003, center_rate=.5, reduction="sum"), batch_size=256, lr=.1,
+    "memory only", {}, dict(objective_options=dict(center_weight=.003, center_rate=.5, reduction="sum"),
+    batch_size=256, lr=.1,
                             weight_decay=5e-4, schedule="constant"), {},
     ("faces (CASIA-WebFace and others), which the Companion does not have", "learning rate divided by 10 twice "
-     "(iterations unconfirmed)", "whether the springs are summed or averaged over the batch differs between paper and code"))
+     "(iterations unconfirmed)", "whether the springs are summed or averaged over the batch differs between paper and "
+     "code"))
 
 CARDS["snca"] = Card(
-    2018, "Wu, Efros, Yu: Improving Generalization via Scalable Neighborhood Component Analysis, ECCV 2018, eq. 4",
+    2018, "Wu, Efros, Yu: Improving Generalization via Scalable Neighborhood Component Analysis, ECCV 2018",
     r"-\frac1n\sum_i\log\frac{\sum_{j\ne i:y_j=y_i}e^{s_{ij}/\sigma}}{\sum_{k\ne i}e^{s_{ik}/\sigma}}",
     "-mean log (sum over positives of exp(s/sigma) / sum over all of exp(s/sigma))", "n²d", True,
     "minus the log-sum over positives; the log-sum over everybody",
     (Knob("temperature", (.03, .3), "log", "small ones listen to the nearest neighbour only; lower lr with it"),
-     Knob("per_class", (2, 8), "log", "an anchor without a positive has no tightness; batch_size / per_class classes are its negatives")),
+     Knob("per_class", (2, 8), "log", "an anchor without a positive has no tightness; batch_size / per_class classes "
+     "are its negatives")),
     "the authors' README (microsoft/snca.pytorch)",
     dict(encoder="resnet18", dim=128, batch_size=256, objective_options=dict(temperature=.05)), dict(lr=.1), PAIRS,
-    ("ImageNet, random batches against a memory of the whole training set (26_memory has one); here the batch is the memory",
+    ("ImageNet, random batches against a memory of the whole training set (26_memory has one); here the batch is the "
+    "memory",
      "momentum, decay and schedule follow the ImageNet example of pytorch; not read"))
 
 CARDS["multi_similarity"] = Card(
-    2019, "Wang et al.: Multi-Similarity Loss with General Pair Weighting, CVPR 2019, eq. 15",
+    2019, "Wang et al.: Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning, CVPR 2019",
     r"\frac1n\sum_i\Big\{\tfrac1\alpha\log\big[1+\sum_{P_i}e^{-\alpha(s_{ij}-\lambda)}\big]"
     r"+\tfrac1\beta\log\big[1+\sum_{N_i}e^{\beta(s_{ij}-\lambda)}\big]\Big\}",
     "mean of log(1 + sum_P exp(-alpha (s - lambda)))/alpha + log(1 + sum_N exp(beta (s - lambda)))/beta", "n²d", True,
@@ -101,29 +108,37 @@ CARDS["multi_similarity"] = Card(
      Knob("threshold", (.3, .9), "linear", "a cosine; encoders whose cosines are all high want it higher"),
      Knob("mining", (0., .2), "linear", "slack; None keeps all pairs")),
     "the authors' code (msight-tech/research-ms-loss, configs/example.yaml, defaults.py)",
-    dict(dataset="cub", size=224, dim=512, pretrained=True, optimizer="adamw", lr=3e-5, weight_decay=5e-4, schedule="constant",
+    dict(dataset="cub", size=224, dim=512, pretrained=True, optimizer="adamw", lr=3e-5, weight_decay=5e-4,
+    schedule="constant",
          epochs=41, batch_size=80, sampler="balanced", per_class=5, augment=dict(crop_scale=(.16, 1.), flip=True),
          objective_options=dict(alpha=2., beta=40., threshold=.5, mining=.1)), {}, dict(encoder="resnet50"),
-    ("BN-Inception, for which ResNet-50 stands in; crops of 227 pixels", "3,000 iterations, learning rate times 0.1 after "
+    ("BN-Inception, for which ResNet-50 stands in; crops of 227 pixels", "3,000 iterations, learning rate times 0.1 "
+    "after "
      "1,200 and 2,400; 41 epochs are as many images", ADAM))
 
 CARDS["spce"] = Card(
     2020, "Boudiaf et al.: A unifying mutual information view of metric learning, ECCV 2020, sec. 4.1",
-    r"-\frac1{\lambda n^2}\sum_i\sum_{j:y_j=y_i}z_i^\top z_j+\frac1n\sum_i\log\sum_k\exp\Big(\frac1{\lambda n}\sum_{j:y_j=k}z_i^\top z_j\Big)",
+    r"-\frac1{\lambda n^2}\sum_i\sum_{j:y_j=y_i}z_i^\top z_j+\frac1n\sum_i\log\sum_k\exp\Big(\frac1{\lambda "
+    r"n}\sum_{j:y_j=k}z_i^\top z_j\Big)",
     "cross-entropy whose classifier is the batch's class sums over lambda n", "nKd", True,
     "products with one's own class; the log-sum-exp over all classes of the batch",
-    (Knob("lam", (3e-4, 1.), "log", "a temperature times the share of a class: with unit vectors far below 1, or nothing is learned"),
+    (Knob("lam", (3e-4, 1.), "log", "a temperature times the share of a class: with unit vectors far below 1, or "
+    "nothing is learned"),
      Knob("per_class", (4, 16), "log", "class sums are noisy prototypes; more images make better ones, fewer classes")),
-    "memory only", {}, dict(objective_options=dict(lam=1., normalize=False), optimizer="adamw", lr=1e-4, weight_decay=1e-4,
+    "memory only", {}, dict(objective_options=dict(lam=1., normalize=False), optimizer="adamw", lr=1e-4,
+    weight_decay=1e-4,
                             batch_size=128, dim=100), PAIRS,
     ("MNIST with a small convolutional network, cosine schedule; a supplement without a table",))
 
 CARDS["danml"] = Card(
-    2022, "Song et al.: Deep/adaptive neighbourhood metric learning, TPAMI 44(9), known by its abstract: a reconstruction",
-    r"\frac1n\sum_i\operatorname{sp}_\alpha\big(b_\alpha(\delta^+-s_{ij})_{P_i}\big)+\operatorname{sp}_\beta\big(b_\beta(s_{ij}-\delta^-)_{N_i}\big)",
+    2022, "Song et al.: Adaptive Neighborhood Metric Learning, TPAMI 44(9), 2022, arXiv 2201.08314, known by its "
+    "abstract: a reconstruction",
+    r"\frac1n\sum_i\operatorname{sp}_\alpha\big(b_\alpha(\delta^+-s_{ij})_{P_i}\big)"
+    r"+\operatorname{sp}_\beta\big(b_\beta(s_{ij}-\delta^-)_{N_i}\big)",
     "softplus of log-exp means: alpha < 0 hears the nearest positives, alpha > 0 the farthest", "n²d", True,
     "the term of the positives; the term of the negatives",
-    (Knob("alpha", (-30., -3.), "linear", "below 0 classes may keep several modes; above 0 it is multi-similarity with means"),
+    (Knob("alpha", (-30., -3.), "linear", "below 0 classes may keep several modes; above 0 it is multi-similarity with "
+    "means"),
      Knob("beta", (10., 80.), "log", "as in multi_similarity"),
      Knob("near", (.3, .9), "linear", "cosine that some positives should reach; keep near >= far"),
      Knob("far", (.2, .6), "linear", "cosine that negatives should stay below")),
@@ -131,13 +146,16 @@ CARDS["danml"] = Card(
     ("everything: optimiser, batches and constants of the paper are unknown to us",))
 
 CARDS["almn"] = Card(
-    2018, "Chen, Deng: Almost Large Margin N-pair (virtual points), arXiv 1806.00974, known by its abstract: a reconstruction",
-    r"\frac1{|\mathcal P|}\sum_{(i,j)\in\mathcal P}\log\Big(1+\sum_{k\in N_i}e^{(z_i^\top z_k-z_i^\top v_{ij})/\tau}\Big)",
+    2018, "Chen, Deng: ALMN, Deep Embedding Learning with Geometrical Virtual Point Generating, arXiv 1806.00974, "
+    "2018, known by its abstract: a reconstruction",
+    r"\frac1{|\mathcal P|}\sum_{(i,j)\in\mathcal P}\log\Big(1+\sum_{k\in N_i}e^{(z_i^\top z_k-z_i^\top "
+    r"v_{ij})/\tau}\Big)",
     "N-pair loss with a virtual point v beyond the positive in its place", "n²d", True,
     "minus the product with the virtual point; the log-sum-exp",
     (Knob("beta", (.1, 1.), "log", "how far beyond; 0 is the N-pair loss"),
      Knob("temperature", (.03, .3), "log", "smaller ones need a smaller lr"),
-     Knob("generator", ("chord", "unit_chord", "slerp"), "choice", "slerp multiplies the angle, the chord leaves the sphere")),
+     Knob("generator", ("chord", "unit_chord", "slerp"), "choice", "slerp multiplies the angle, the chord leaves the "
+     "sphere")),
     "none: only the abstract could be read, no code was published", {}, {}, PAIRS,
     ("everything: optimiser, batches and constants of the paper are unknown to us",))
 
@@ -151,7 +169,8 @@ CARDS["triplet"] = Card(
      Knob("reduction", ("nonzero", "all"), "choice", "'all' fades as the batch learns: then lr must stay larger"),
      Knob("per_class", (2, 8), "log", "positives cost little here")),
     ROTH, {**REVISIT, "objective_options": dict(margin=.2, squared=True, reduction="all")}, {}, {},
-    ("one mined triplet an anchor (random, semi-hard, soft-hard or distance-weighted): `mined_triplet` does that", ADAM, DRAWN))
+    ("one mined triplet an anchor (random, semi-hard, soft-hard or distance-weighted): `mined_triplet` does that",
+    ADAM, DRAWN))
 
 CARDS["mined_triplet"] = Card(
     2015, "Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, eq. 3 and sec. 3.2",
@@ -165,12 +184,14 @@ CARDS["mined_triplet"] = Card(
     "the paper, secs. 3.2 and 3.3, as quoted in reviews",
     dict(dim=128, lr=.05, sampler="balanced", per_class=40, objective_options=dict(miner="semihard", margin=.2)),
     dict(batch_size=1800), {},
-    ("AdaGrad; SGD here", "faces, from random weights, 1,000 to 2,000 hours", "random negatives are added to each batch",
+    ("AdaGrad; SGD here", "faces, from random weights, 1,000 to 2,000 hours", "random negatives are added to each "
+    "batch",
      "learning rate lowered by hand at the end"))
 
 CARDS["margin"] = Card(
     2017, "Wu et al.: Sampling Matters in Deep Embedding Learning, ICCV 2017, eq. 6",
-    r"\frac{\sum_{P}[\alpha+D_{ip}-\beta_{y_i}]_++\sum_N[\alpha-D_{ik}+\beta_{y_i}]_+}{\#\text{open hinges}}+\nu\bar\beta",
+    r"\frac{\sum_{P}[\alpha+D_{ip}-\beta_{y_i}]_++\sum_N[\alpha-D_{ik}+\beta_{y_i}]_+}{\#\text{open "
+    r"hinges}}+\nu\bar\beta",
     "positives within beta - alpha, negatives beyond beta + alpha, beta learned", "n²d", True,
     "hinges of positives and nu times beta; hinges of negatives",
     (Knob("margin", (.05, .4), "linear", "half the empty zone; beta + margin must stay below 2"),
@@ -188,21 +209,27 @@ CARDS["margin"] = Card(
 
 CARDS["lifted"] = Card(
     2016, "Oh Song et al.: Deep Metric Learning via Lifted Structured Feature Embedding, CVPR 2016, eq. 4",
-    r"\frac1{2|\mathcal P|}\sum_{(i,j)\in\mathcal P}\Big[\log\Big(\sum_{N_i}e^{\alpha-D_{ik}}+\sum_{N_j}e^{\alpha-D_{jk}}\Big)+D_{ij}\Big]_+^2",
-    "mean over positive pairs of [log sum over both ends' negatives of exp(margin - D) + D(i,j)]+^2 / 2", "n²d", False, HINGE,
+    r"\frac1{2|\mathcal P|}\sum_{(i,j)\in\mathcal P}"
+    r"\Big[\log\Big(\sum_{N_i}e^{\alpha-D_{ik}}+\sum_{N_j}e^{\alpha-D_{jk}}\Big)+D_{ij}\Big]_+^2",
+    "mean over positive pairs of [log sum over both ends' negatives of exp(margin - D) + D(i,j)]+^2 / 2", "n²d",
+    False, HINGE,
     (Knob("margin", (.5, 2.), "linear", "a distance; the loss grows with log n whatever it is"),
-     Knob("lr", (1e-5, 1e-3), "log", "for adamw; the level of the loss depends on the batch, so retune when the batch changes"),
+     Knob("lr", (1e-5, 1e-3), "log", "for adamw; the level of the loss depends on the batch, so retune when the batch "
+     "changes"),
      Knob("normalize", (True, False), "choice", "raw embeddings in the paper: then watch their length")),
     "memory only", dict(objective_options=dict(margin=1., normalize=False)), dict(dataset="sop", batch_size=128),
     dict(sampler="balanced", per_class=2),
-    ("GoogLeNet, 20,000 iterations, the last layer ten times faster (unconfirmed)", "batches of positive pairs to which "
+    ("GoogLeNet, 20,000 iterations, the last layer ten times faster (unconfirmed)",
+    "batches of positive pairs to which "
      "hard negatives are added", "an L2 term on the embeddings"))
 
 CARDS["generalized_lifted"] = Card(
-    2017, "Hermans, Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification, arXiv 1703.07737, eq. 10",
+    2017, "Hermans, Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification, arXiv 1703.07737, eq. "
+    "10",
     r"\frac1n\sum_i\Big[\log\sum_{P_i}e^{D_{ip}}+\log\sum_{N_i}e^{\alpha-D_{ik}}\Big]_+",
     "mean of [log sum_P exp(D) + log sum_N exp(margin - D)]+", "n²d", False, HINGE,
-    (Knob("margin", (.2, 2.), "linear", "a distance; on the sphere the hinge is open for any margin once the batch is large"),
+    (Knob("margin", (.2, 2.), "linear", "a distance; on the sphere the hinge is open for any margin once the batch is "
+    "large"),
      Knob("normalize", (True, False), "choice", "raw in the paper's best runs; then lr is about the length, too"),
      Knob("per_class", (2, 8), "log", "the smooth maximum over positives wants some")),
     ROTH, {**REVISIT, "objective_options": dict(margin=1., normalize=False)}, {}, {},
@@ -211,10 +238,12 @@ CARDS["generalized_lifted"] = Card(
 
 CARDS["n_pair"] = Card(
     2016, "Sohn: Improved Deep Metric Learning with Multi-class N-pair Loss Objective, NIPS 2016, eqs. 7 and 9",
-    r"\frac1N\sum_i\log\Big(1+\sum_{j\ne i}e^{x_i^\top x_j^+-x_i^\top x_i^+}\Big)+\frac\lambda{2N}\sum_i\big(\lVert x_i\rVert^2+\lVert x_i^+\rVert^2\big)",
+    r"\frac1N\sum_i\log\Big(1+\sum_{j\ne i}e^{x_i^\top x_j^+-x_i^\top x_i^+}\Big)+\frac\lambda{2N}\sum_i\big(\lVert "
+    r"x_i\rVert^2+\lVert x_i^+\rVert^2\big)",
     "softmax over raw products, one pair a class, plus lambda times squared lengths", "n²d", True,
     "minus the product with the positive, and the lengths; the log-sum-exp",
-    (Knob("norm_weight", (1e-3, .05), "log", "without it lengths grow for ever; larger when the loss is near 0 from the start"),
+    (Knob("norm_weight", (1e-3, .05), "log", "without it lengths grow for ever; larger when the loss is near 0 from "
+    "the start"),
      Knob("pairs", ("first", "all"), "choice", "'all' with more than two images of a class")),
     ROTH, {**REVISIT, "objective_options": dict(norm_weight=.005, pairs="all", normalize=False)}, {}, {},
     ("its norm term is the mean length, ours the squared length of the paper", ADAM, DRAWN,
@@ -222,7 +251,8 @@ CARDS["n_pair"] = Card(
 
 CARDS["angular"] = Card(
     2017, "Wang et al.: Deep Metric Learning with Angular Loss, ICCV 2017, eq. 7",
-    r"\frac1{|\mathcal P|}\sum_{(i,p)}\log\Big(1+\sum_{N_i}e^{4\tan^2\!\alpha\,(z_i+z_p)^\top z_k-2(1+\tan^2\!\alpha)z_i^\top z_p}\Big)",
+    r"\frac1{|\mathcal P|}\sum_{(i,p)}\log\Big(1+\sum_{N_i}e^{4\tan^2\!\alpha\,(z_i+z_p)^\top "
+    r"z_k-2(1+\tan^2\!\alpha)z_i^\top z_p}\Big)",
     "log(1 + sum_N exp(4t (a + p).n - 2(1 + t) a.p)), t = tan^2 alpha", "n²d", True,
     "minus 2(1 + t) times the positive product; the log-sum-exp",
     (Knob("alpha", (30., 55.), "linear", "degrees; 4 tan^2 alpha is a sharpness, so lower lr as it grows"),),
@@ -243,7 +273,8 @@ CARDS["circle"] = Card(
     ("BN-Inception; optimiser, learning rate and length of training are unknown to us",))
 
 CARDS["snr"] = Card(
-    2019, "Yuan et al.: Signal-to-Noise Ratio, CVPR 2019, eqs. 3, 5 and 8",
+    2019, "Yuan et al.: Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning, CVPR 2019, eqs. 3, 5 "
+    "and 8",
     r"\big[d_{ap}-d_{an}+\alpha\big]_+,\quad d_{ij}=\frac{\operatorname{var}(x_j-x_i)}{\operatorname{var}(x_i)}",
     "triplets under the ratio var(x_j - x_i) / var(x_i)", "n²d", False, HINGE,
     (Knob("margin", (.05, 1.), "log", "a ratio without unit; about 1 for form='contrastive'"),
@@ -255,7 +286,8 @@ CARDS["snr"] = Card(
 CARDS["quadruplet"] = Card(
     2017, "Chen et al.: Beyond triplet loss, a deep quadruplet network, CVPR 2017, eq. 6",
     r"\overline{\big[D_{ip}^2-D_{ik}^2+\alpha_1\big]_+}+\overline{\big[D_{ip}^2-D_{kl}^2+\alpha_2\big]_+}",
-    "triplet hinge + hinge of a positive pair against a negative pair of two other classes", "n²(d + log n)", False, HINGE,
+    "triplet hinge + hinge of a positive pair against a negative pair of two other classes", "n²(d + log n)", False,
+    HINGE,
     (Knob("margin", (.05, .5), "log", "of the triplets"),
      Knob("stranger_margin", (.02, .3), "log", "of the strangers; the paper wants it below margin"),
      Knob("reduction", ("nonzero", "all"), "choice", "as in triplet")),
@@ -271,13 +303,15 @@ CARDS["histogram"] = Card(
      Knob("batch_size", (64, 512), "log", "two histograms have to be filled: the larger the batch, the better"),
      Knob("lr", (1e-5, 1e-3), "log", "for adamw; the loss is a probability, its gradients are small")),
     ROTH, {**REVISIT, "objective_options": dict(bins=64)}, {}, {},
-    ("65 nodes there, so 64 intervals here", "the authors' solver for CUHK03: Adam at 1e-4, decay 5e-4, 150,000 iterations, "
+    ("65 nodes there, so 64 intervals here", "the authors' solver for CUHK03: Adam at 1e-4, decay 5e-4, 150,000 "
+    "iterations, "
      "divided by 10 after 100,000", ADAM, DRAWN))
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c13
 CARDS["cross_entropy"] = Card(
     2020, "Boudiaf et al.: A unifying mutual information view of metric learning, ECCV 2020 (as a baseline that wins)",
-    r"-\frac1n\sum_i\theta_{y_i}^\top x_i+\frac1n\sum_i\log\sum_ke^{\theta_k^\top x_i}", "-own logit + log sum exp of all logits",
+    r"-\frac1n\sum_i\theta_{y_i}^\top x_i+\frac1n\sum_i\log\sum_ke^{\theta_k^\top x_i}",
+    "-own logit + log sum exp of all logits",
     "nKd", True, "minus the target's logit; the log-sum-exp",
     (Knob("lr", (.003, .3), "log", "for sgd; the classifier starts at zero, so warm-up matters"),
      Knob("classifier_lr", (1., 10.), "log", "when the encoder is pretrained and slow"),
@@ -292,25 +326,30 @@ CARDS["cross_entropy"] = Card(
      "the reported epoch is the best on the test classes; the Companion chooses on training classes"))
 
 CARDS["normalized_softmax"] = Card(
-    2019, "Zhai, Wu: Classification is a Strong Baseline for Deep Metric Learning, BMVC 2019, eq. 5",
-    r"-\frac1n\sum_i\log\frac{e^{z_i^\top p_{y_i}/\tau}}{\sum_ke^{z_i^\top p_k/\tau}}", "softmax over cosines / temperature", "nKd",
+    2019, "Zhai, Wu: Classification is a Strong Baseline for Deep Metric Learning, BMVC 2019",
+    r"-\frac1n\sum_i\log\frac{e^{z_i^\top p_{y_i}/\tau}}{\sum_ke^{z_i^\top p_k/\tau}}",
+    "softmax over cosines / temperature", "nKd",
     True, "minus the target's logit; the log-sum-exp",
-    (Knob("temperature", (.02, .2), "log", "the one that matters: too large leaves a floor, above all with many classes"),
+    (Knob("temperature", (.02, .2), "log", "the one that matters: too large leaves a floor, above all with many "
+    "classes"),
      Knob("proxy_lr", (1., 100.), "log", "higher for a pretrained, slowly learning encoder"),
      Knob("norm", ("none", "layer"), "choice", "the paper normalises by layer before the sphere")),
     "the authors' code (azgo14/classification_metric_learning, README and train_classification.py)",
-    dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, norm="layer", lr=.001, momentum=.9, weight_decay=1e-4,
+    dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, norm="layer", lr=.001, momentum=.9,
+    weight_decay=1e-4,
          schedule="constant", epochs=30, batch_size=75, sampler="balanced", per_class=25, augment=dict(flip=True),
          objective_options=dict(temperature=.05)), {}, {},
     ("learning rate times 0.1 after 15 epochs; before them one epoch in which only the proxies learn",
      "random crops of 224 out of 256 pixels, not resized ones", "2,048 dimensions: the pooled features themselves"))
 
 SOLVER = ("faces (CASIA-WebFace), a network of their own, 28,000 iterations, divided by 10 after 16,000 and 24,000")
-FACES = dict(lr=.1, momentum=.9, weight_decay=5e-4, schedule="constant", batch_size=256, dim=512, augment=dict(flip=True),
+FACES = dict(lr=.1, momentum=.9, weight_decay=5e-4, schedule="constant", batch_size=256, dim=512,
+    augment=dict(flip=True),
              sampler="random")
 CARDS["softmax"] = Card(
     1990, "Bridle: Probabilistic Interpretation of Feedforward Classification Network Outputs, 1990",
-    r"-\frac1n\sum_i\log\frac{e^{w_{y_i}^\top x_i}}{\sum_ke^{w_k^\top x_i}}", "cross-entropy of raw products, no bias", "nKd", True,
+    r"-\frac1n\sum_i\log\frac{e^{w_{y_i}^\top x_i}}{\sum_ke^{w_k^\top x_i}}",
+    "cross-entropy of raw products, no bias", "nKd", True,
     "minus the target's logit; the log-sum-exp",
     (Knob("lr", (.003, .3), "log", "for sgd; as cross_entropy, which it is but for bias and smoothing"),
      Knob("classifier_lr", (1., 10.), "log", "when the encoder is pretrained and slow")),
@@ -320,7 +359,8 @@ CARDS["softmax"] = Card(
 CARDS["modified_softmax"] = Card(
     2017, "Liu et al.: SphereFace, CVPR 2017, eq. 4",
     r"-\frac1n\sum_i\log\frac{e^{\lVert x_i\rVert\cos\theta_{y_i}}}{\sum_ke^{\lVert x_i\rVert\cos\theta_k}}",
-    "softmax over |x| cos theta: unit weights, raw embeddings", "nKd", True, "minus the target's logit; the log-sum-exp",
+    "softmax over |x| cos theta: unit weights, raw embeddings", "nKd", True,
+    "minus the target's logit; the log-sum-exp",
     (Knob("lr", (.003, .3), "log", "for sgd; lengths grow to lower the loss, which slows the angles down"),
      Knob("weight_decay", (1e-5, 1e-3), "log", "the only thing that holds the lengths"),
      Knob("proxy_lr", (1., 30.), "log", "as in every proxy loss")),
@@ -329,13 +369,15 @@ CARDS["modified_softmax"] = Card(
 
 CARDS["sphereface"] = Card(
     2017, "Liu et al.: SphereFace, CVPR 2017, eq. 7",
-    r"-\frac1n\sum_i\log\frac{e^{\lVert x_i\rVert\psi(\theta_{y_i})}}{e^{\lVert x_i\rVert\psi(\theta_{y_i})}+\sum_{k\ne y_i}e^{\lVert x_i\rVert\cos\theta_k}},"
+    r"-\frac1n\sum_i\log\frac{e^{\lVert x_i\rVert\psi(\theta_{y_i})}}{e^{\lVert "
+    r"x_i\rVert\psi(\theta_{y_i})}+\sum_{k\ne y_i}e^{\lVert x_i\rVert\cos\theta_k}},"
     r"\quad\psi=(-1)^j\cos(m\theta)-2j",
     "softmax whose own angle is multiplied by m, annealed from the plain cosine", "nKd", False,
     "minus the bent target logit; the log-sum-exp, in which it stands, too",
     (Knob("margin", (2, 4), "linear", "a whole factor; needs annealing from 3 on"),
      Knob("anneal_to", (1., 20.), "log", "where annealing ends: 1 / (1 + it) of the margin arrives"),
-     Knob("anneal_rate", (.01, 1.), "log", "about 1000 / (anneal_to * rate) batches until it ends: fit it to your run")),
+     Knob("anneal_rate", (.01, 1.), "log", "about 1000 / (anneal_to * rate) batches until it ends: fit it to your "
+     "run")),
     "the authors' code (wy1iu/sphereface, sphereface_solver.prototxt and sphereface_model.prototxt)",
     {**FACES, "objective_options": dict(margin=4, anneal_from=1000., anneal_to=5., anneal_rate=.12)}, {}, {},
     (SOLVER, "the Caffe layer scales gradients, so the learning rate does not carry over unchanged (authors' README)"))
@@ -369,7 +411,8 @@ CARDS["arcface"] = Card(
 
 CARDS["subcenter_arcface"] = Card(
     2020, "Deng et al.: Sub-center ArcFace, ECCV 2020",
-    r"\text{ArcFace with }\cos\theta_k=\max_{c\le S}z_i^\top p_k^c", "ArcFace to the nearest of S centres a class", "nSKd", False,
+    r"\text{ArcFace with }\cos\theta_k=\max_{c\le S}z_i^\top p_k^c", "ArcFace to the nearest of S centres a class",
+    "nSKd", False,
     "as ArcFace",
     (Knob("sub_centers", (2, 5), "linear", "3 with noisy labels; 1 is ArcFace and often enough"),
      Knob("scale", (8., 64.), "log", "as arcface"),
@@ -381,7 +424,8 @@ CARDS["subcenter_arcface"] = Card(
      "and ArcFace is trained anew on what is left", "faces with about half of the labels wrong (MS1MV0)"))
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c15
-EPS = "Adam with epsilon = 1, which for small gradients is SGD with momentum 0.9 at a tenth of its rate: so it stands here"
+EPS = ("Adam with epsilon = 1, which for small gradients is SGD with momentum 0.9 at a tenth of its rate: "
+       "so it stands here")
 CARDS["proxy_nca"] = Card(
     2017, "Movshovitz-Attias et al.: No Fuss Distance Metric Learning using Proxies, ICCV 2017, eq. 4",
     r"\frac1n\sum_i\Big[\tau\lVert z_i-p_{y_i}\rVert^2+\log\sum_{c\ne y_i}e^{-\tau\lVert z_i-p_c\rVert^2}\Big]",
@@ -389,9 +433,11 @@ CARDS["proxy_nca"] = Card(
     "squared distance to the own proxy; the log-sum over the others",
     (Knob("scale", (3., 32.), "log", "tau: both vectors times its root; as 1 / (2 temperature) of normalized_softmax"),
      Knob("proxy_lr", (10., 1000.), "log", "proxies start anywhere and must arrive before the encoder bends"),
-     Knob("lr", (1e-5, 1e-3), "log", "for adamw; samples that are right pull with full force for ever: lower it towards the end")),
+     Knob("lr", (1e-5, 1e-3), "log", "for adamw; samples that are right pull with full force for ever: lower it "
+     "towards the end")),
     "a re-implementation (dichotomies/proxy-nca, README and config.json), which uses the ++ form of the loss",
-    dict(dataset="cub", pretrained=True, dim=64, lr=.0045, momentum=.9, proxy_lr=22.2, weight_decay=0., schedule="constant",
+    dict(dataset="cub", pretrained=True, dim=64, lr=.0045, momentum=.9, proxy_lr=22.2, weight_decay=0.,
+    schedule="constant",
          epochs=20, objective_options=dict(scale=9.)), dict(batch_size=32), dict(encoder="resnet50"),
     (EPS, "learning rate times 0.94 an epoch", "labels smoothed by 0.1 in its softmax",
      "BN-Inception, for which ResNet-50 stands in", "the paper itself: RMSprop"))
@@ -413,15 +459,18 @@ CARDS["proxy_nca_pp"] = Card(
 
 CARDS["proxy_anchor"] = Card(
     2020, "Kim et al.: Proxy Anchor Loss for Deep Metric Learning, CVPR 2020, eq. 4",
-    r"\frac1{|P^+|}\sum_{p\in P^+}\log\Big(1+\sum_{X_p^+}e^{-\alpha(s_{ip}-\delta)}\Big)+\frac1{|P|}\sum_p\log\Big(1+\sum_{X_p^-}e^{\alpha(s_{ip}+\delta)}\Big)",
+    r"\frac1{|P^+|}\sum_{p\in P^+}\log\Big(1+\sum_{X_p^+}e^{-\alpha(s_{ip}-\delta)}\Big)"
+    r"+\frac1{|P|}\sum_p\log\Big(1+\sum_{X_p^-}e^{\alpha(s_{ip}+\delta)}\Big)",
     "each proxy: log(1 + sum of exp(-alpha (s - delta))) over its images + the same over the others", "nKd", True,
     "the term of a proxy's own images; the term of all others",
     (Knob("proxy_lr", (10., 1000.), "log", "100 in the paper; more with many classes, each proxy is pulled rarely"),
      Knob("alpha", (8., 64.), "log", "how much the worst image counts; 32 in the paper"),
      Knob("margin", (0., .3), "linear", "a cosine; 0.1 in the paper"),
-     Knob("batch_size", (60, 240), "log", "images of a batch compete: the authors report better results with larger ones")),
+     Knob("batch_size", (60, 240), "log", "images of a batch compete: the authors report better results with larger "
+     "ones")),
     "the authors' code (tjddus9597/Proxy-Anchor-CVPR2020, README command for ResNet-50 on CUB, and train.py)",
-    dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, freeze_bn=True, dim=512, optimizer="adamw", lr=1e-4,
+    dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, freeze_bn=True, dim=512, optimizer="adamw",
+    lr=1e-4,
          proxy_lr=100., weight_decay=1e-4, schedule="constant", epochs=60, batch_size=120, sampler="random",
          objective_options=dict(alpha=32., margin=.1)), dict(augment=dict(crop_scale=(.08, 1.), flip=True)), {},
     ("learning rate halved every 5 epochs", "five first epochs in which only the last layer and the proxies learn",
@@ -431,7 +480,8 @@ CARDS["soft_triple"] = Card(
     2019, "Qian et al.: SoftTriple Loss, ICCV 2019, eq. 10",
     r"\mathrm{CE}\big(\lambda(S_{ic}-\delta[c=y_i])\big)+\tau\,\overline{\lVert w_c^k-w_c^l\rVert},\quad"
     r"S_{ic}=\sum_k\operatorname{softmax}_k\big(\tfrac1\gamma z_i^\top w_c^k\big)z_i^\top w_c^k",
-    "softmax over soft maxima over S centres a class, less a margin, plus tau times their distances", "nSKd + S²Kd", False,
+    "softmax over soft maxima over S centres a class, less a margin, plus tau times their distances", "nSKd + S²Kd",
+    False,
     "minus the target logit, and the centres' distances; the log-sum-exp",
     (Knob("scale", (8., 64.), "log", "lambda; an inverse temperature as in cosface"),
      Knob("gamma", (.03, .3), "log", "softness of the choice among centres"),
@@ -439,16 +489,20 @@ CARDS["soft_triple"] = Card(
      Knob("centers_per_class", (1, 10), "log", "1 is enough for an encoder that can fold (23_proxies)"),
      Knob("proxy_lr", (10., 1000.), "log", "100 in the code")),
     "the authors' code (idstcv/SoftTriple, train.py)",
-    dict(dataset="cars196", size=224, pretrained=True, freeze_bn=True, dim=64, optimizer="adamw", lr=1e-4, proxy_lr=100.,
+    dict(dataset="cars196", size=224, pretrained=True, freeze_bn=True, dim=64, optimizer="adamw", lr=1e-4,
+    proxy_lr=100.,
          weight_decay=1e-4, schedule="constant", epochs=50, batch_size=32, sampler="random",
          augment=dict(crop_scale=(.08, 1.), flip=True),
          objective_options=dict(centers_per_class=10, scale=20., gamma=.1, margin=.01, spread_weight=.2)),
     {}, dict(encoder="resnet50"),
-    ("BN-Inception, for which ResNet-50 stands in", "Adam with epsilon = 0.01", "learning rate divided by 10 every 20 epochs", ADAM))
+    ("BN-Inception, for which ResNet-50 stands in", "Adam with epsilon = 0.01", "learning rate divided by 10 every 20 "
+    "epochs", ADAM))
 
 CARDS["regularised"] = Card(
-    2018, "Liu et al.: Learning towards Minimum Hyperspherical Energy, NeurIPS 2018, and others (24_centre_regularisers)",
-    r"\mathcal L_{\text{base}}+\eta\,R(p_1,\dots,p_K),\qquad R=-\log\Big(\overline{D_{ij}^{\lambda}}\Big)^{1/\lambda}\text{ and others}",
+    2018, "Liu et al.: Learning towards Minimum Hyperspherical Energy, NeurIPS 2018, and others "
+    "(24_centre_regularisers)",
+    r"\mathcal L_{\text{base}}+\eta\,R(p_1,\dots,p_K),"
+    r"\qquad R=-\log\Big(\overline{D_{ij}^{\lambda}}\Big)^{1/\lambda}\text{ and others}",
     "any objective plus strength times a term that spreads its centres", "base + K²d", True,
     "the base's own; the base's own and the regulariser, which only pushes",
     (Knob("strength", (.01, 1.), "log", "against the base's gradient: too much and centres ignore the data"),
@@ -459,7 +513,8 @@ CARDS["regularised"] = Card(
     "a manuscript on skewed means, which takes Proxy-Anchor's recipe as base",
     dict(optimizer="adamw", lr=1e-4, proxy_lr=100., epochs=40, objective_options=dict(base="proxy_anchor")), {},
     dict(weight_decay=1e-4),
-    ("the manuscript states neither lambda nor the strength; MHE's code has weight 10 on the output layer of its networks",
+    ("the manuscript states neither lambda nor the strength; MHE's code has weight 10 on the output layer of its "
+    "networks",
      "batch size, backbone and schedule: as proxy_anchor, if anything"))
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c17
@@ -473,9 +528,11 @@ CARDS["group_loss"] = Card(
      Knob("steps", (1, 3), "linear", "more make everyone certain, of wrong classes too"),
      Knob("per_class", (4, 10), "linear", "a vote needs voters")),
     "the authors' code (dvl-tum/group_loss, train.py, settings for CUB)",
-    dict(dataset="cub", pretrained=True, optimizer="adamw", lr=1.5637e-4, weight_decay=6.06e-6, schedule="constant", epochs=70,
+    dict(dataset="cub", pretrained=True, optimizer="adamw", lr=1.5637e-4, weight_decay=6.06e-6, schedule="constant",
+    epochs=70,
          batch_size=54, sampler="balanced", per_class=9,
-         objective_options=dict(anchors=2, steps=1, temperature=24., auxiliary=1., self_pairs=True)), {}, dict(encoder="resnet50"),
+         objective_options=dict(anchors=2, steps=1, temperature=24., auxiliary=1., self_pairs=True)), {},
+         dict(encoder="resnet50"),
     ("RAdam; AdamW here", "BN-Inception, for which ResNet-50 stands in", "rate divided by 10 after 30 epochs; the best "
      "weights so far, judged on test classes, are put back after 30 and 50",
      "the network is first trained as a classifier (unconfirmed)"))
@@ -483,7 +540,8 @@ CARDS["group_loss"] = Card(
 CARDS["intra_batch"] = Card(
     2021, "Seidenschwarz, Elezi, Leal-Taixé: Learning Intra-Batch Connections for Deep Metric Learning, ICML 2021",
     r"\mathrm{CE}\big(f(\tilde z_i)/\tau\big)+\mathrm{CE}\big(g(z_i)/\tau\big),\quad\tilde Z=\text{attention}(Z)",
-    "cross-entropy of embeddings refined by attention over the batch, plus that of the embeddings", "nKd + n²d + nd²", True,
+    "cross-entropy of embeddings refined by attention over the batch, plus that of the embeddings", "nKd + n²d + nd²",
+    True,
     "minus the target's logits of both; their log-sum-exps",
     (Knob("temperature", (.05, 1.), "log", "of both classifiers"),
      Knob("auxiliary", (.3, 3.), "log", "what keeps the embeddings themselves good: they alone are used at test"),
@@ -497,7 +555,8 @@ CARDS["intra_batch"] = Card(
      "random augmentation and erasing", "rate divided by 10 after 30 epochs (unconfirmed)"))
 
 CARDS["contextual_similarity"] = Card(
-    2023, "Liao, Tsiligkaridis, Kulis: Supervised Metric Learning to Rank for Retrieval via Contextual Similarity Optimization, ICML 2023",
+    2023, "Liao, Tsiligkaridis, Kulis: Supervised Metric Learning to Rank for Retrieval via Contextual Similarity "
+    "Optimization, ICML 2023",
     r"\lambda\,\overline{(J_{ij}-[y_i=y_j])^2}+(1-\lambda-\gamma)\,\mathcal L_{\text{margins}}+\gamma(\bar s-s_0)^2",
     "squared error of neighbourhood overlap + hinges on the cosine + a held mean cosine", "n²d + n³", True,
     "the terms of positives; those of negatives, and the held mean",
@@ -530,7 +589,8 @@ def fields(name: str) -> dict[str, Any]: # fields of a Recipe
     return {field: found[field] for field in sorted(found, key=ORDER.index)}
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c26
-SETTINGS = ("dataset", "encoder", "pretrained", "dim", "optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size", "sampler")
+SETTINGS = ("dataset", "encoder", "pretrained", "dim", "optimizer", "lr", "weight_decay", "schedule", "epochs",
+    "batch_size", "sampler")
 
 def listed(value: Any) -> Any:
     "Tuples as lists, however deep."
