@@ -1,8 +1,8 @@
-"""`python -m benchmarks [losses] [retrieval] [--out figures/bench]`: both by default."""
+"""`python -m benchmarks [losses] [classes] [retrieval] [--out figures/bench]`: all by default."""
 import argparse
 from importlib import import_module
 
-PARTS = ("losses", "retrieval")
+PARTS = ("losses", "classes", "retrieval")
 
 
 def main(argv=None) -> None:

@@ -108,6 +108,7 @@ class Profile(Strict):
     base: dict[str, Any] = {} # recipe fields that all rows share
     rows: dict[str, Row] = {}
     vary: dict[str, list] = {} # recipe field -> values: one more row for each row and value, all else as it was
+    lr_follows_batch: bool = False # a varied batch_size takes lr along in proportion (Goyal et al. 2017, Sec. 2.1)
     notebooks: list[Task] = []
     train: str = TRAIN_NOTEBOOK
     resources: Resources = Resources()
@@ -207,10 +208,17 @@ def with_trials(profile: Profile) -> Profile:
 def with_variants(profile: Profile) -> Profile:
     "Add `<row>_<field><value>` for each row that may vary and each value of `vary`."
     rows = {}
+    if profile.lr_follows_batch and "batch_size" not in profile.vary:
+        raise ValueError(f"profile {profile.name!r}: lr_follows_batch has no effect without batch_size in vary")
     for row, spec in profile.rows.items():
         rows[row] = spec
         for field, value in ((f, v) for f, values in profile.vary.items() for v in values if spec.vary and not spec.control):
             recipe, name = {**spec.recipe, field: value}, f"{row}_{field}{value}"
+            if field == "batch_size" and profile.lr_follows_batch:
+                usual = {**profile.base, **spec.recipe}
+                if not {"lr", "batch_size"} <= set(usual):
+                    raise ValueError(f"profile {profile.name!r}, row {row!r}: lr_follows_batch needs lr and batch_size, in the row or in base")
+                recipe["lr"] = usual["lr"] * value / usual["batch_size"]
             if name in rows: raise ValueError(f"profile {profile.name!r}: vary gives {name!r} twice")
             label = f"{spec.label or style_of(row)['label']}, {field.replace('_', ' ')} {value}"
             rows[name] = spec.model_copy(update={"recipe": recipe, "label": label})

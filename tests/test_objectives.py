@@ -15,6 +15,8 @@ from dml_companion.losses.classification import CrossEntropy, NormalizedSoftmax,
 from dml_companion.losses.pairwise import CenterLoss, ContrastiveLoss, MultiSimilarityLoss, SNCALoss, SPCELoss, batch_classes, own_class_sizes
 from dml_companion.objective import Objective, Parts, register, unit_rows
 
+import test_classification, test_contextual, test_proxies, test_regularisers, test_virtual
+
 K, D = 5, 4
 # A new objective needs a line here, and a double loop `<name>_loop(Z, y, <its options>)` below as its oracle.
 # Every option that changes a computation, at a value that is not its default.
@@ -23,12 +25,18 @@ OTHER = {
                    normalize=True),
     "contrastive": dict(margin=1.6, positive_margin=.2, squared=False, reduction="pair", normalize=False),
     "cross_entropy": dict(bias=False, label_smoothing=.2, smoothing="paper"),
+    "mined_triplet": dict(miner="hard", margin=.5, squared=False, reduction="nonzero", normalize=False),
     "multi_similarity": dict(alpha=1., beta=10., threshold=.1, mining=.1, self_pairs=True, reduction="valid",
                              normalize=False),
     "normalized_softmax": dict(temperature=.3, label_smoothing=.2, smoothing="paper"),
     "snca": dict(temperature=.7, self_pairs=True, reduction="valid", normalize=False),
     "spce": dict(lam=.3, self_pairs=True, normalize=False),
 }
+# The modules of other families bring their OTHER; LOOPS: name -> loop(loss, Z, y); and SPECIAL: (name, option) -> {a test below: why it
+# does not apply}.
+LOOPS, SPECIAL = {}, {}
+for module in (test_classification, test_contextual, test_proxies, test_regularisers, test_virtual):
+    OTHER |= module.OTHER; LOOPS |= module.LOOPS; SPECIAL |= getattr(module, "SPECIAL", {})
 NAMES = sorted(OTHER)
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -60,6 +68,11 @@ def _variants():
 
 
 VARIANTS = list(_variants())
+
+
+def skip_special(test, name, options):
+    for option in options:
+        if why := SPECIAL.get((name, option), {}).get(test): pytest.skip(why)
 
 
 def gradients(parts, leaf):
@@ -108,6 +121,19 @@ def multi_similarity_loop(Z, y, alpha=2., beta=50., threshold=.5, mining=None, s
     return [sum(t) / max(len(t), 1) for t in (T, C)]
 
 
+def mined_triplet_loop(Z, y, miner="semihard", margin=.2, squared=True, reduction="mined", normalize=True):
+    Z, n, T, C, mined = unit_rows(Z) if normalize else Z, len(y), [], [], 0
+    d = [[(Z[i] - Z[j]).norm().item() ** (2 if squared else 1) for j in range(n)] for i in range(n)]
+    for i in range(n):
+        P, N = [d[i][j] for j in range(n) if y[j] == y[i] and j != i], [d[i][j] for j in range(n) if y[j] != y[i]]
+        chosen = [(p, min(far)) for p in P if (far := [k for k in N if k > p])] if miner == "semihard" else \
+            [(max(P), min(N))] if P and N else []
+        mined += len(chosen)
+        active = [(p, k) for p, k in chosen if p - k + margin > 0]
+        T += [p for p, _ in active]; C += [margin - k for _, k in active]
+    return [sum(t) / max(len(t) if reduction == "nonzero" else mined, 1) for t in (T, C)]
+
+
 def spce_loop(Z, y, lam=.002, self_pairs=False, normalize=True):
     Z, n, T, C = unit_rows(Z) if normalize else Z, len(y), 0., 0.
     for i in range(n):
@@ -141,6 +167,7 @@ def center_loop(loss, Z, y):
 
 def loop(name, loss, Z, y, settings):
     with torch.no_grad():
+        if name in LOOPS: return LOOPS[name](loss, Z, y)
         if name == "center": return center_loop(loss, Z, y)
         if f"{name}_loop" in globals(): return globals()[f"{name}_loop"](Z, y, **settings)
         W = loss.weight
@@ -152,6 +179,7 @@ def loop(name, loss, Z, y, settings):
 @pytest.mark.parametrize("name, settings_", VARIANTS)
 @pytest.mark.parametrize("seed", range(3))
 def test_parts_equal_the_double_loop(name, settings_, seed):
+    skip_special("loop", name, settings_)
     Z, y = batch(seed=seed, classes=[2, K, K][seed])
     if seed == 2: Z[1], y[1] = Z[0], y[0]                        # a duplicate
     loss = filled(objectives.make(name, K, D, **settings_))
@@ -160,6 +188,9 @@ def test_parts_equal_the_double_loop(name, settings_, seed):
 
 @pytest.mark.parametrize("name, settings_", VARIANTS)
 def test_gradcheck(name, settings_):
+    skip_special("gradcheck", name, settings_)
+    if name == "contextual_similarity" and "step" not in settings_:
+        pytest.skip("a straight-through gradient is not the derivative: see test_contextual")
     Z, y = batch(7, seed=3, classes=3)
     loss = filled(objectives.make(name, K, D, **settings_))
     assert torch.autograd.gradcheck(lambda Z: tuple(loss.parts(Z, y)), Z.requires_grad_())
@@ -299,6 +330,7 @@ def test_counts(labels):
 @pytest.mark.parametrize("name, settings_", VARIANTS)
 def test_forward_is_the_sum_of_the_parts(name, settings_):
     z, y = batch(16, dtype=torch.float32)
+    skip_special("repeat", name, settings_)
     loss = objectives.make(name, K, D, **settings_).eval()
     parts = loss.parts(z, y)
     assert isinstance(parts, Parts) and all(p.ndim == 0 for p in parts)
@@ -309,6 +341,7 @@ def test_forward_is_the_sum_of_the_parts(name, settings_):
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.data())
 def test_order_and_names_do_not_matter(name, settings_, data):
+    skip_special("order", name, settings_)
     seed = data.draw(st.integers(0, 10**6))
     z, y = batch(data.draw(st.integers(2, 12)), seed=seed)
     loss = filled(objectives.make(name, K, D, **settings_))
@@ -324,6 +357,7 @@ def test_order_and_names_do_not_matter(name, settings_, data):
 
 @pytest.mark.parametrize("name, settings_", VARIANTS)
 def test_half_precision_batches_are_computed_in_float32(name, settings_):
+    skip_special("repeat", name, settings_)
     z, y = batch(16, dtype=torch.bfloat16)
     loss = objectives.make(name, K, D, **settings_).eval()
     with torch.autocast("cpu", torch.bfloat16): inside = loss.parts(z, y)
@@ -427,6 +461,7 @@ def test_catalogue_and_static_location_agree():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_changes_the_loss(name):
     for option, value in OTHER[name].items():
+        if "change" in SPECIAL.get((name, option), {}): continue
         base = dict(label_smoothing=.1) if option == "smoothing" else {}
         if option == "reduction" and name == "multi_similarity": base = dict(mining=0.)
         z, y = batch(14, seed=2)
@@ -434,11 +469,12 @@ def test_every_option_changes_the_loss(name):
         y[0] = 4
         y[1:] %= 4                                               # class 4 has one member
         a, b = (objectives.make(name, K, D, **base, **extra).double() for extra in ({}, {option: value}))
-        b.load_state_dict(a.state_dict(), strict=False)
+        shapes = {k: v.shape for k, v in b.state_dict().items()}
+        b.load_state_dict({k: v for k, v in a.state_dict().items() if shapes.get(k) == v.shape}, strict=False)
         results = []
         for loss in (a, b):
             with torch.no_grad():
-                if hasattr(loss, "weight"): loss.weight.copy_(torch.linspace(-1, 1, K * D).view(K, D).double())
+                if hasattr(loss, "weight"): loss.weight.copy_(torch.linspace(-7, 7, K * D).sin().view(K, D).double())
                 if getattr(loss, "bias", None) is not None: loss.bias.copy_(torch.linspace(0, 1, K).double())
             loss(z, y), results.append(loss(z + 1, y).item())    # twice, so that running centres have moved
         assert abs(results[0] - results[1]) > 1e-6, option

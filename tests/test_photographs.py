@@ -382,7 +382,7 @@ def test_weights_from_a_file(tmp_path, photos):
 
 def test_which_losses_need_pairs():
     from dml_companion.objective import find, locate, try_objective
-    assert {n for n in locate() if P.needs_pairs(find(n))} == {"contrastive", "multi_similarity", "snca", "spce"}
+    assert {n for n in locate() if P.needs_pairs(find(n))} == {"almn", "contrastive", "danml", "multi_similarity", "snca", "spce"}
 
 
 @given(st.lists(st.integers(2, 30), min_size=2, max_size=60), st.integers(2, 128), st.sampled_from(["contrastive", "cross_entropy"]))
