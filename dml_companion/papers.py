@@ -55,522 +55,644 @@ PAIRS = dict(sampler="balanced", per_class=4)
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c09
 CARDS["contrastive"] = Card(
-    2006, "Hadsell, Chopra, LeCun: Dimensionality Reduction by Learning an Invariant Mapping, CVPR 2006",
-    r"\frac1n\sum_i\Big[\sum_{j:y_j=y_i}D_{ij}^2+\sum_{j:y_j\ne y_i}[m-D_{ij}]_+^2\Big]",
-    "sum over positives of D^2 + sum over negatives of [m - D]+^2, over n", "n²d", True,
-    "springs between positives; pushes between negatives nearer than the margin",
-    (Knob("margin", (.3, 1.4), "linear", "unit vectors: random directions are 1.41 apart, so a larger margin never "
-    "rests"),
-     Knob("reduction", ("anchor", "pair", "nonzero"), "choice", "changes the gradient tenfold: retune lr with it")),
-    ROTH, {**REVISIT, "objective_options": dict(margin=1., squared=False, reduction="pair")}, {}, {},
-    ("distance-weighted mining of one triplet an anchor; here all pairs", "Hadsell et al. train on raw embeddings, "
-     "with pairs from a neighbourhood graph; their learning rate was not found", ADAM, DRAWN))
+    year=2006,
+    paper="Hadsell, Chopra, LeCun: Dimensionality Reduction by Learning an Invariant Mapping, CVPR 2006",
+    formula=r"\frac1n\sum_i\Big[\sum_{j:y_j=y_i}D_{ij}^2+\sum_{j:y_j\ne y_i}[m-D_{ij}]_+^2\Big]",
+    plain="sum over positives of D^2 + sum over negatives of [m - D]+^2, over n",
+    cost="n²d", natural=True,
+    split="springs between positives; pushes between negatives nearer than the margin",
+    tune=(Knob("margin", (.3, 1.4), "linear",
+               "unit vectors: random directions are 1.41 apart, so a larger margin never rests"),
+          Knob("reduction", ("anchor", "pair", "nonzero"), "choice",
+               "changes the gradient tenfold: retune lr with it")),
+    source=ROTH,
+    said={**REVISIT, "objective_options": dict(margin=1., squared=False, reduction="pair")},
+    beyond=("distance-weighted mining of one triplet an anchor; here all pairs",
+            "Hadsell et al. train on raw embeddings, with pairs from a neighbourhood graph; their learning rate was "
+            "not found",
+            ADAM, DRAWN))
 
 CARDS["center"] = Card(
-    2016, "Wen et al.: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016",
-    r"\frac\lambda2\cdot\frac1n\sum_i\lVert x_i-c_{y_i}\rVert^2+\mathrm{CE}(x_i,y_i)",
-    "lambda/2 * mean |x - c_y|^2 + cross-entropy", "nKd", True,
-    "springs to the class centre; the whole cross-entropy",
-    (Knob("center_weight", (.001, .3), "log", "its use depends on the length of the embeddings: search it anew for "
-    "each encoder"),
-     Knob("center_rate", (.1, 1.), "linear", "how fast running centres follow; smaller with few images of a class in a "
-     "batch"),
-     Knob("classifier_lr", (1., 10.), "log", "the classifier starts at zero")),
-    "memory only", {}, dict(objective_options=dict(center_weight=.003, center_rate=.5, reduction="sum"),
-    batch_size=256, lr=.1,
-                            weight_decay=5e-4, schedule="constant"), {},
-    ("faces (CASIA-WebFace and others), which the Companion does not have", "learning rate divided by 10 twice "
-     "(iterations unconfirmed)", "whether the springs are summed or averaged over the batch differs between paper and "
-     "code"))
+    year=2016,
+    paper="Wen et al.: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016",
+    formula=r"\frac\lambda2\cdot\frac1n\sum_i\lVert x_i-c_{y_i}\rVert^2+\mathrm{CE}(x_i,y_i)",
+    plain="lambda/2 * mean |x - c_y|^2 + cross-entropy",
+    cost="nKd", natural=True,
+    split="springs to the class centre; the whole cross-entropy",
+    tune=(Knob("center_weight", (.001, .3), "log",
+               "its use depends on the length of the embeddings: search it anew for each encoder"),
+          Knob("center_rate", (.1, 1.), "linear",
+               "how fast running centres follow; smaller with few images of a class in a batch"),
+          Knob("classifier_lr", (1., 10.), "log", "the classifier starts at zero")),
+    source="memory only",
+    recalled=dict(objective_options=dict(center_weight=.003, center_rate=.5, reduction="sum"), batch_size=256, lr=.1,
+                  weight_decay=5e-4, schedule="constant"),
+    beyond=("faces (CASIA-WebFace and others), which the Companion does not have",
+            "learning rate divided by 10 twice (iterations unconfirmed)",
+            "whether the springs are summed or averaged over the batch differs between paper and code"))
 
 CARDS["snca"] = Card(
-    2018, "Wu, Efros, Yu: Improving Generalization via Scalable Neighborhood Component Analysis, ECCV 2018",
-    r"-\frac1n\sum_i\log\frac{\sum_{j\ne i:y_j=y_i}e^{s_{ij}/\sigma}}{\sum_{k\ne i}e^{s_{ik}/\sigma}}",
-    "-mean log (sum over positives of exp(s/sigma) / sum over all of exp(s/sigma))", "n²d", True,
-    "minus the log-sum over positives; the log-sum over everybody",
-    (Knob("temperature", (.03, .3), "log", "small ones listen to the nearest neighbour only; lower lr with it"),
-     Knob("per_class", (2, 8), "log", "an anchor without a positive has no tightness; batch_size / per_class classes "
-     "are its negatives")),
-    "the authors' README (microsoft/snca.pytorch)",
-    dict(encoder="resnet18", dim=128, batch_size=256, objective_options=dict(temperature=.05)), dict(lr=.1), PAIRS,
-    ("ImageNet, random batches against a memory of the whole training set (26_memory has one); here the batch is the "
-    "memory",
-     "momentum, decay and schedule follow the ImageNet example of pytorch; not read"))
+    year=2018,
+    paper="Wu, Efros, Yu: Improving Generalization via Scalable Neighborhood Component Analysis, ECCV 2018",
+    formula=r"-\frac1n\sum_i\log\frac{\sum_{j\ne i:y_j=y_i}e^{s_{ij}/\sigma}}{\sum_{k\ne i}e^{s_{ik}/\sigma}}",
+    plain="-mean log (sum over positives of exp(s/sigma) / sum over all of exp(s/sigma))",
+    cost="n²d", natural=True,
+    split="minus the log-sum over positives; the log-sum over everybody",
+    tune=(Knob("temperature", (.03, .3), "log", "small ones listen to the nearest neighbour only; lower lr with it"),
+          Knob("per_class", (2, 8), "log",
+               "an anchor without a positive has no tightness; batch_size / per_class classes are its negatives")),
+    source="the authors' README (microsoft/snca.pytorch)",
+    said=dict(encoder="resnet18", dim=128, batch_size=256, objective_options=dict(temperature=.05)),
+    recalled=dict(lr=.1),
+    ours=PAIRS,
+    beyond=("ImageNet, random batches against a memory of the whole training set (26_memory has one); here the "
+            "batch is the memory",
+            "momentum, decay and schedule follow the ImageNet example of pytorch; not read"))
 
 CARDS["multi_similarity"] = Card(
-    2019, "Wang et al.: Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning, CVPR 2019",
-    r"\frac1n\sum_i\Big\{\tfrac1\alpha\log\big[1+\sum_{P_i}e^{-\alpha(s_{ij}-\lambda)}\big]"
-    r"+\tfrac1\beta\log\big[1+\sum_{N_i}e^{\beta(s_{ij}-\lambda)}\big]\Big\}",
-    "mean of log(1 + sum_P exp(-alpha (s - lambda)))/alpha + log(1 + sum_N exp(beta (s - lambda)))/beta", "n²d", True,
-    "smooth maximum over positives that are too far; over negatives that are too near",
-    (Knob("beta", (10., 80.), "log", "how selfish the nearest negative is; the paper prints 50, the code has 40"),
-     Knob("alpha", (1., 10.), "log", "kept far below beta on purpose"),
-     Knob("threshold", (.3, .9), "linear", "a cosine; encoders whose cosines are all high want it higher"),
-     Knob("mining", (0., .2), "linear", "slack; None keeps all pairs")),
-    "the authors' code (msight-tech/research-ms-loss, configs/example.yaml, defaults.py)",
-    dict(dataset="cub", size=224, dim=512, pretrained=True, optimizer="adamw", lr=3e-5, weight_decay=5e-4,
-    schedule="constant",
-         epochs=41, batch_size=80, sampler="balanced", per_class=5, augment=dict(crop_scale=(.16, 1.), flip=True),
-         objective_options=dict(alpha=2., beta=40., threshold=.5, mining=.1)), {}, dict(encoder="resnet50"),
-    ("BN-Inception, for which ResNet-50 stands in; crops of 227 pixels", "3,000 iterations, learning rate times 0.1 "
-    "after "
-     "1,200 and 2,400; 41 epochs are as many images", ADAM))
+    year=2019,
+    paper="Wang et al.: Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning, CVPR 2019",
+    formula=r"\frac1n\sum_i\Big\{\tfrac1\alpha\log\big[1+\sum_{P_i}e^{-\alpha(s_{ij}-\lambda)}\big]+\tfrac1\beta"
+            r"\log\big[1+\sum_{N_i}e^{\beta(s_{ij}-\lambda)}\big]\Big\}",
+    plain="mean of log(1 + sum_P exp(-alpha (s - lambda)))/alpha + log(1 + sum_N exp(beta (s - lambda)))/beta",
+    cost="n²d", natural=True,
+    split="smooth maximum over positives that are too far; over negatives that are too near",
+    tune=(Knob("beta", (10., 80.), "log",
+               "how selfish the nearest negative is; the paper prints 50, the code has 40"),
+          Knob("alpha", (1., 10.), "log", "kept far below beta on purpose"),
+          Knob("threshold", (.3, .9), "linear", "a cosine; encoders whose cosines are all high want it higher"),
+          Knob("mining", (0., .2), "linear", "slack; None keeps all pairs")),
+    source="the authors' code (msight-tech/research-ms-loss, configs/example.yaml, defaults.py)",
+    said=dict(dataset="cub", size=224, dim=512, pretrained=True, optimizer="adamw", lr=3e-5, weight_decay=5e-4,
+              schedule="constant", epochs=41, batch_size=80, sampler="balanced", per_class=5,
+              augment=dict(crop_scale=(.16, 1.), flip=True),
+              objective_options=dict(alpha=2., beta=40., threshold=.5, mining=.1)),
+    ours=dict(encoder="resnet50"),
+    beyond=("BN-Inception, for which ResNet-50 stands in; crops of 227 pixels",
+            "3,000 iterations, learning rate times 0.1 after 1,200 and 2,400; 41 epochs are as many images", ADAM))
 
 CARDS["spce"] = Card(
-    2020, "Boudiaf et al.: A unifying mutual information view of metric learning, ECCV 2020, sec. 4.1",
-    r"-\frac1{\lambda n^2}\sum_i\sum_{j:y_j=y_i}z_i^\top z_j+\frac1n\sum_i\log\sum_k\exp\Big(\frac1{\lambda "
-    r"n}\sum_{j:y_j=k}z_i^\top z_j\Big)",
-    "cross-entropy whose classifier is the batch's class sums over lambda n", "nKd", True,
-    "products with one's own class; the log-sum-exp over all classes of the batch",
-    (Knob("lam", (3e-4, 1.), "log", "a temperature times the share of a class: with unit vectors far below 1, or "
-    "nothing is learned"),
-     Knob("per_class", (4, 16), "log", "class sums are noisy prototypes; more images make better ones, fewer classes")),
-    "memory only", {}, dict(objective_options=dict(lam=1., normalize=False), optimizer="adamw", lr=1e-4,
-    weight_decay=1e-4,
-                            batch_size=128, dim=100), PAIRS,
-    ("MNIST with a small convolutional network, cosine schedule; a supplement without a table",))
+    year=2020,
+    paper="Boudiaf et al.: A unifying mutual information view of metric learning, ECCV 2020, sec. 4.1",
+    formula=r"-\frac1{\lambda n^2}\sum_i\sum_{j:y_j=y_i}z_i^\top z_j+\frac1n\sum_i\log\sum_k\exp\Big(\frac1{\lambda "
+            r"n}\sum_{j:y_j=k}z_i^\top z_j\Big)",
+    plain="cross-entropy whose classifier is the batch's class sums over lambda n",
+    cost="nKd", natural=True,
+    split="products with one's own class; the log-sum-exp over all classes of the batch",
+    tune=(Knob("lam", (3e-4, 1.), "log",
+               "a temperature times the share of a class: with unit vectors far below 1, or nothing is learned"),
+          Knob("per_class", (4, 16), "log",
+               "class sums are noisy prototypes; more images make better ones, fewer classes")),
+    source="memory only",
+    recalled=dict(objective_options=dict(lam=1., normalize=False), optimizer="adamw", lr=1e-4, weight_decay=1e-4,
+                  batch_size=128, dim=100),
+    ours=PAIRS,
+    beyond=("MNIST with a small convolutional network, cosine schedule; a supplement without a table",))
 
 CARDS["danml"] = Card(
-    2022, "Song et al.: Adaptive Neighborhood Metric Learning, TPAMI 44(9), 2022, arXiv 2201.08314, known by its "
-    "abstract: a reconstruction",
-    r"\frac1n\sum_i\operatorname{sp}_\alpha\big(b_\alpha(\delta^+-s_{ij})_{P_i}\big)"
-    r"+\operatorname{sp}_\beta\big(b_\beta(s_{ij}-\delta^-)_{N_i}\big)",
-    "softplus of log-exp means: alpha < 0 hears the nearest positives, alpha > 0 the farthest", "n²d", True,
-    "the term of the positives; the term of the negatives",
-    (Knob("alpha", (-30., -3.), "linear", "below 0 classes may keep several modes; above 0 it is multi-similarity with "
-    "means"),
-     Knob("beta", (10., 80.), "log", "as in multi_similarity"),
-     Knob("near", (.3, .9), "linear", "cosine that some positives should reach; keep near >= far"),
-     Knob("far", (.2, .6), "linear", "cosine that negatives should stay below")),
-    "none: neither paper nor code could be opened", {}, {}, PAIRS,
-    ("everything: optimiser, batches and constants of the paper are unknown to us",))
+    year=2022,
+    paper="Song et al.: Adaptive Neighborhood Metric Learning, TPAMI 44(9), 2022, arXiv 2201.08314, known by its "
+          "abstract: a reconstruction",
+    formula=r"\frac1n\sum_i\operatorname{sp}_\alpha\big(b_\alpha(\delta^+-s_{ij})_{P_i}\big)+\operatorname{sp}_"
+            r"\beta\big(b_\beta(s_{ij}-\delta^-)_{N_i}\big)",
+    plain="softplus of log-exp means: alpha < 0 hears the nearest positives, alpha > 0 the farthest",
+    cost="n²d", natural=True,
+    split="the term of the positives; the term of the negatives",
+    tune=(Knob("alpha", (-30., -3.), "linear",
+               "below 0 classes may keep several modes; above 0 it is multi-similarity with means"),
+          Knob("beta", (10., 80.), "log", "as in multi_similarity"),
+          Knob("near", (.3, .9), "linear", "cosine that some positives should reach; keep near >= far"),
+          Knob("far", (.2, .6), "linear", "cosine that negatives should stay below")),
+    source="none: neither paper nor code could be opened",
+    ours=PAIRS,
+    beyond=("everything: optimiser, batches and constants of the paper are unknown to us",))
 
 CARDS["almn"] = Card(
-    2018, "Chen, Deng: ALMN, Deep Embedding Learning with Geometrical Virtual Point Generating, arXiv 1806.00974, "
-    "2018, known by its abstract: a reconstruction",
-    r"\frac1{|\mathcal P|}\sum_{(i,j)\in\mathcal P}\log\Big(1+\sum_{k\in N_i}e^{(z_i^\top z_k-z_i^\top "
-    r"v_{ij})/\tau}\Big)",
-    "N-pair loss with a virtual point v beyond the positive in its place", "n²d", True,
-    "minus the product with the virtual point; the log-sum-exp",
-    (Knob("beta", (.1, 1.), "log", "how far beyond; 0 is the N-pair loss"),
-     Knob("temperature", (.03, .3), "log", "smaller ones need a smaller lr"),
-     Knob("generator", ("chord", "unit_chord", "slerp"), "choice", "slerp multiplies the angle, the chord leaves the "
-     "sphere")),
-    "none: only the abstract could be read, no code was published", {}, {}, PAIRS,
-    ("everything: optimiser, batches and constants of the paper are unknown to us",))
+    year=2018,
+    paper="Chen, Deng: ALMN, Deep Embedding Learning with Geometrical Virtual Point Generating, arXiv 1806.00974, "
+          "2018, known by its abstract: a reconstruction",
+    formula=r"\frac1{|\mathcal P|}\sum_{(i,j)\in\mathcal P}\log\Big(1+\sum_{k\in N_i}e^{(z_i^\top z_k-z_i^\top "
+            r"v_{ij})/\tau}\Big)",
+    plain="N-pair loss with a virtual point v beyond the positive in its place",
+    cost="n²d", natural=True,
+    split="minus the product with the virtual point; the log-sum-exp",
+    tune=(Knob("beta", (.1, 1.), "log", "how far beyond; 0 is the N-pair loss"),
+          Knob("temperature", (.03, .3), "log", "smaller ones need a smaller lr"),
+          Knob("generator", ("chord", "unit_chord", "slerp"), "choice",
+               "slerp multiplies the angle, the chord leaves the sphere")),
+    source="none: only the abstract could be read, no code was published",
+    ours=PAIRS,
+    beyond=("everything: optimiser, batches and constants of the paper are unknown to us",))
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c11
 HINGE = "what the open hinges make of the positives; the rest, margins included"
 CARDS["triplet"] = Card(
-    2015, "Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, eq. 3 (after Weinberger et al. 2006), over all triplets",
-    r"\frac1{|\mathcal T|}\sum_{(i,p,k)}\big[D_{ip}^2-D_{ik}^2+\alpha\big]_+",
-    "mean over triplets of [D(a,p)^2 - D(a,n)^2 + margin]+", "n²d", False, HINGE,
-    (Knob("margin", (.05, .5), "log", "in squared distance; with squared=False about half as large"),
-     Knob("reduction", ("nonzero", "all"), "choice", "'all' fades as the batch learns: then lr must stay larger"),
-     Knob("per_class", (2, 8), "log", "positives cost little here")),
-    ROTH, {**REVISIT, "objective_options": dict(margin=.2, squared=True, reduction="all")}, {}, {},
-    ("one mined triplet an anchor (random, semi-hard, soft-hard or distance-weighted): `mined_triplet` does that",
-    ADAM, DRAWN))
+    year=2015,
+    paper="Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, eq. 3 (after Weinberger et al. 2006), over all "
+          "triplets",
+    formula=r"\frac1{|\mathcal T|}\sum_{(i,p,k)}\big[D_{ip}^2-D_{ik}^2+\alpha\big]_+",
+    plain="mean over triplets of [D(a,p)^2 - D(a,n)^2 + margin]+",
+    cost="n²d", natural=False,
+    split=HINGE,
+    tune=(Knob("margin", (.05, .5), "log", "in squared distance; with squared=False about half as large"),
+          Knob("reduction", ("nonzero", "all"), "choice",
+               "'all' fades as the batch learns: then lr must stay larger"),
+          Knob("per_class", (2, 8), "log", "positives cost little here")),
+    source=ROTH,
+    said={**REVISIT, "objective_options": dict(margin=.2, squared=True, reduction="all")},
+    beyond=("one mined triplet an anchor (random, semi-hard, soft-hard or distance-weighted): `mined_triplet` does "
+            "that",
+            ADAM, DRAWN))
 
 CARDS["mined_triplet"] = Card(
-    2015, "Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, eq. 3 and sec. 3.2",
-    r"\frac1M\sum_{t\in\text{mined}}\big[D_{ap}^2-D_{an}^2+\alpha\big]_+",
-    "mean over mined triplets of [D(a,p)^2 - D(a,n)^2 + margin]+", "n²d", False, HINGE,
-    (Knob("miner", ("semihard", "semihard_all", "distance_weighted", "soft_hard", "multi_similarity"), "choice",
-          "`hard` may collapse with a squared loss early on: warm up with another one"),
-     Knob("margin", (.05, .5), "log", "the window of semihard_all and semihard_window grows with it"),
-     Knob("reduction", ("mined", "nonzero"), "choice", "'nonzero' keeps the gradient long to the end"),
-     Knob("per_class", (2, 8), "log", "miners choose from what the batch has: a large batch matters more")),
-    "the paper, secs. 3.2 and 3.3, as quoted in reviews",
-    dict(dim=128, lr=.05, sampler="balanced", per_class=40, objective_options=dict(miner="semihard", margin=.2)),
-    dict(batch_size=1800), {},
-    ("AdaGrad; SGD here", "faces, from random weights, 1,000 to 2,000 hours", "random negatives are added to each "
-    "batch",
-     "learning rate lowered by hand at the end"))
+    year=2015,
+    paper="Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, eq. 3 and sec. 3.2",
+    formula=r"\frac1M\sum_{t\in\text{mined}}\big[D_{ap}^2-D_{an}^2+\alpha\big]_+",
+    plain="mean over mined triplets of [D(a,p)^2 - D(a,n)^2 + margin]+",
+    cost="n²d", natural=False,
+    split=HINGE,
+    tune=(Knob("miner", ("semihard", "semihard_all", "distance_weighted", "soft_hard", "multi_similarity"), "choice",
+               "`hard` may collapse with a squared loss early on: warm up with another one"),
+          Knob("margin", (.05, .5), "log", "the window of semihard_all and semihard_window grows with it"),
+          Knob("reduction", ("mined", "nonzero"), "choice", "'nonzero' keeps the gradient long to the end"),
+          Knob("per_class", (2, 8), "log", "miners choose from what the batch has: a large batch matters more")),
+    source="the paper, secs. 3.2 and 3.3, as quoted in reviews",
+    said=dict(dim=128, lr=.05, sampler="balanced", per_class=40, objective_options=dict(miner="semihard", margin=.2)),
+    recalled=dict(batch_size=1800),
+    beyond=("AdaGrad; SGD here", "faces, from random weights, 1,000 to 2,000 hours",
+            "random negatives are added to each batch", "learning rate lowered by hand at the end"))
 
 CARDS["margin"] = Card(
-    2017, "Wu et al.: Sampling Matters in Deep Embedding Learning, ICCV 2017, eq. 6",
-    r"\frac{\sum_{P}[\alpha+D_{ip}-\beta_{y_i}]_++\sum_N[\alpha-D_{ik}+\beta_{y_i}]_+}{\#\text{open "
-    r"hinges}}+\nu\bar\beta",
-    "positives within beta - alpha, negatives beyond beta + alpha, beta learned", "n²d", True,
-    "hinges of positives and nu times beta; hinges of negatives",
-    (Knob("margin", (.05, .4), "linear", "half the empty zone; beta + margin must stay below 2"),
-     Knob("beta", (.6, 1.4), "linear", "start of the boundary; random directions are 1.41 apart"),
-     Knob("proxy_lr", (1., 1000.), "log", "how fast beta moves against the encoder"),
-     Knob("learn", ("one", "class", "none"), "choice", "a boundary a class wants some dozens of images of each")),
-    "the first author's example (apache/mxnet, example/gluon/embedding_learning)",
-    dict(dataset="cub", pretrained=True, dim=128, optimizer="adamw", lr=1e-4, proxy_lr=1000.,
-         weight_decay=1e-4, schedule="constant", epochs=20, batch_size=70, sampler="balanced", per_class=5,
-         objective_options=dict(margin=.2, beta=1.2, nu=0.)),
-    dict(encoder="resnet50"), {},
-    ("distance-weighted sampling: here all pairs count, as often as triplets hold them; `mining.DistanceWeightedMiner` "
-     "weighs them in a loop of your own, or train mined_triplet with miner: distance_weighted",
-     "learning rate halved after epochs 12, 14, 16 and 18", "70 images a GPU, on two", ADAM))
+    year=2017,
+    paper="Wu et al.: Sampling Matters in Deep Embedding Learning, ICCV 2017, eq. 6",
+    formula=r"\frac{\sum_{P}[\alpha+D_{ip}-\beta_{y_i}]_++\sum_N[\alpha-D_{ik}+\beta_{y_i}]_+}{\#\text{open "
+            r"hinges}}+\nu\bar\beta",
+    plain="positives within beta - alpha, negatives beyond beta + alpha, beta learned",
+    cost="n²d", natural=True,
+    split="hinges of positives and nu times beta; hinges of negatives",
+    tune=(Knob("margin", (.05, .4), "linear", "half the empty zone; beta + margin must stay below 2"),
+          Knob("beta", (.6, 1.4), "linear", "start of the boundary; random directions are 1.41 apart"),
+          Knob("proxy_lr", (1., 1000.), "log", "how fast beta moves against the encoder"),
+          Knob("learn", ("one", "class", "none"), "choice", "a boundary a class wants some dozens of images of each")),
+    source="the first author's example (apache/mxnet, example/gluon/embedding_learning)",
+    said=dict(dataset="cub", pretrained=True, dim=128, optimizer="adamw", lr=1e-4, proxy_lr=1000., weight_decay=1e-4,
+              schedule="constant", epochs=20, batch_size=70, sampler="balanced", per_class=5,
+              objective_options=dict(margin=.2, beta=1.2, nu=0.)),
+    recalled=dict(encoder="resnet50"),
+    beyond=("distance-weighted sampling: here all pairs count, as often as triplets hold them; "
+            "`mining.DistanceWeightedMiner` weighs them in a loop of your own, or train mined_triplet with miner: "
+            "distance_weighted",
+            "learning rate halved after epochs 12, 14, 16 and 18", "70 images a GPU, on two", ADAM))
 
 CARDS["lifted"] = Card(
-    2016, "Oh Song et al.: Deep Metric Learning via Lifted Structured Feature Embedding, CVPR 2016, eq. 4",
-    r"\frac1{2|\mathcal P|}\sum_{(i,j)\in\mathcal P}"
-    r"\Big[\log\Big(\sum_{N_i}e^{\alpha-D_{ik}}+\sum_{N_j}e^{\alpha-D_{jk}}\Big)+D_{ij}\Big]_+^2",
-    "mean over positive pairs of [log sum over both ends' negatives of exp(margin - D) + D(i,j)]+^2 / 2", "n²d",
-    False, HINGE,
-    (Knob("margin", (.5, 2.), "linear", "a distance; the loss grows with log n whatever it is"),
-     Knob("lr", (1e-5, 1e-3), "log", "for adamw; the level of the loss depends on the batch, so retune when the batch "
-     "changes"),
-     Knob("normalize", (True, False), "choice", "raw embeddings in the paper: then watch their length")),
-    "memory only", dict(objective_options=dict(margin=1., normalize=False)), dict(dataset="sop", batch_size=128),
-    dict(sampler="balanced", per_class=2),
-    ("GoogLeNet, 20,000 iterations, the last layer ten times faster (unconfirmed)",
-    "batches of positive pairs to which "
-     "hard negatives are added", "an L2 term on the embeddings"))
+    year=2016,
+    paper="Oh Song et al.: Deep Metric Learning via Lifted Structured Feature Embedding, CVPR 2016, eq. 4",
+    formula=r"\frac1{2|\mathcal P|}\sum_{(i,j)\in\mathcal P}\Big[\log\Big(\sum_{N_i}e^{\alpha-D_{ik}}+\sum_{N_j}e^{"
+            r"\alpha-D_{jk}}\Big)+D_{ij}\Big]_+^2",
+    plain="mean over positive pairs of [log sum over both ends' negatives of exp(margin - D) + D(i,j)]+^2 / 2",
+    cost="n²d", natural=False,
+    split=HINGE,
+    tune=(Knob("margin", (.5, 2.), "linear", "a distance; the loss grows with log n whatever it is"),
+          Knob("lr", (1e-5, .001), "log",
+               "for adamw; the level of the loss depends on the batch, so retune when the batch changes"),
+          Knob("normalize", (True, False), "choice", "raw embeddings in the paper: then watch their length")),
+    source="memory only",
+    said=dict(objective_options=dict(margin=1., normalize=False)),
+    recalled=dict(dataset="sop", batch_size=128),
+    ours=dict(sampler="balanced", per_class=2),
+    beyond=("GoogLeNet, 20,000 iterations, the last layer ten times faster (unconfirmed)",
+            "batches of positive pairs to which hard negatives are added", "an L2 term on the embeddings"))
 
 CARDS["generalized_lifted"] = Card(
-    2017, "Hermans, Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification, arXiv 1703.07737, eq. "
-    "10",
-    r"\frac1n\sum_i\Big[\log\sum_{P_i}e^{D_{ip}}+\log\sum_{N_i}e^{\alpha-D_{ik}}\Big]_+",
-    "mean of [log sum_P exp(D) + log sum_N exp(margin - D)]+", "n²d", False, HINGE,
-    (Knob("margin", (.2, 2.), "linear", "a distance; on the sphere the hinge is open for any margin once the batch is "
-    "large"),
-     Knob("normalize", (True, False), "choice", "raw in the paper's best runs; then lr is about the length, too"),
-     Knob("per_class", (2, 8), "log", "the smooth maximum over positives wants some")),
-    ROTH, {**REVISIT, "objective_options": dict(margin=1., normalize=False)}, {}, {},
-    ("an L2 term of weight 0.005 on the raw embeddings", ADAM, DRAWN,
-     "Hermans et al. use 18 classes of 4 and Adam at 3e-4 (unconfirmed)"))
+    year=2017,
+    paper="Hermans, Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification, 2017, arXiv 1703.07737, "
+          "eq. 10",
+    formula=r"\frac1n\sum_i\Big[\log\sum_{P_i}e^{D_{ip}}+\log\sum_{N_i}e^{\alpha-D_{ik}}\Big]_+",
+    plain="mean of [log sum_P exp(D) + log sum_N exp(margin - D)]+",
+    cost="n²d", natural=False,
+    split=HINGE,
+    tune=(Knob("margin", (.2, 2.), "linear",
+               "a distance; on the sphere the hinge is open for any margin once the batch is large"),
+          Knob("normalize", (True, False), "choice",
+               "raw in the paper's best runs; then lr is about the length, too"),
+          Knob("per_class", (2, 8), "log", "the smooth maximum over positives wants some")),
+    source=ROTH,
+    said={**REVISIT, "objective_options": dict(margin=1., normalize=False)},
+    beyond=("an L2 term of weight 0.005 on the raw embeddings", ADAM, DRAWN,
+            "Hermans et al. use 18 classes of 4 and Adam at 3e-4 (unconfirmed)"))
 
 CARDS["n_pair"] = Card(
-    2016, "Sohn: Improved Deep Metric Learning with Multi-class N-pair Loss Objective, NIPS 2016, eqs. 7 and 9",
-    r"\frac1N\sum_i\log\Big(1+\sum_{j\ne i}e^{x_i^\top x_j^+-x_i^\top x_i^+}\Big)+\frac\lambda{2N}\sum_i\big(\lVert "
-    r"x_i\rVert^2+\lVert x_i^+\rVert^2\big)",
-    "softmax over raw products, one pair a class, plus lambda times squared lengths", "n²d", True,
-    "minus the product with the positive, and the lengths; the log-sum-exp",
-    (Knob("norm_weight", (1e-3, .05), "log", "without it lengths grow for ever; larger when the loss is near 0 from "
-    "the start"),
-     Knob("pairs", ("first", "all"), "choice", "'all' with more than two images of a class")),
-    ROTH, {**REVISIT, "objective_options": dict(norm_weight=.005, pairs="all", normalize=False)}, {}, {},
-    ("its norm term is the mean length, ours the squared length of the paper", ADAM, DRAWN,
-     "the original mines hard negative classes; its learning rate was not found"))
+    year=2016,
+    paper="Sohn: Improved Deep Metric Learning with Multi-class N-pair Loss Objective, NIPS 2016, eqs. 7 and 9",
+    formula=r"\frac1N\sum_i\log\Big(1+\sum_{j\ne i}e^{x_i^\top x_j^+-x_i^\top "
+            r"x_i^+}\Big)+\frac\lambda{2N}\sum_i\big(\lVert x_i\rVert^2+\lVert x_i^+\rVert^2\big)",
+    plain="softmax over raw products, one pair a class, plus lambda times squared lengths",
+    cost="n²d", natural=True,
+    split="minus the product with the positive, and the lengths; the log-sum-exp",
+    tune=(Knob("norm_weight", (.001, .05), "log",
+               "without it lengths grow for ever; larger when the loss is near 0 from the start"),
+          Knob("pairs", ("first", "all"), "choice", "'all' with more than two images of a class")),
+    source=ROTH,
+    said={**REVISIT, "objective_options": dict(norm_weight=.005, pairs="all", normalize=False)},
+    beyond=("its norm term is the mean length, ours the squared length of the paper", ADAM, DRAWN,
+            "the original mines hard negative classes; its learning rate was not found"))
 
 CARDS["angular"] = Card(
-    2017, "Wang et al.: Deep Metric Learning with Angular Loss, ICCV 2017, eq. 7",
-    r"\frac1{|\mathcal P|}\sum_{(i,p)}\log\Big(1+\sum_{N_i}e^{4\tan^2\!\alpha\,(z_i+z_p)^\top "
-    r"z_k-2(1+\tan^2\!\alpha)z_i^\top z_p}\Big)",
-    "log(1 + sum_N exp(4t (a + p).n - 2(1 + t) a.p)), t = tan^2 alpha", "n²d", True,
-    "minus 2(1 + t) times the positive product; the log-sum-exp",
-    (Knob("alpha", (30., 55.), "linear", "degrees; 4 tan^2 alpha is a sharpness, so lower lr as it grows"),),
-    ROTH, {**REVISIT, "objective_options": dict(alpha=45.)}, {}, {},
-    ("an N-pair loss is added, the angular part weighing 2, embeddings raw with an L2 term of 0.005", ADAM, DRAWN))
+    year=2017,
+    paper="Wang et al.: Deep Metric Learning with Angular Loss, ICCV 2017, eq. 7",
+    formula=r"\frac1{|\mathcal P|}\sum_{(i,p)}\log\Big(1+\sum_{N_i}e^{4\tan^2\!\alpha\,(z_i+z_p)^\top "
+            r"z_k-2(1+\tan^2\!\alpha)z_i^\top z_p}\Big)",
+    plain="log(1 + sum_N exp(4t (a + p).n - 2(1 + t) a.p)), t = tan^2 alpha",
+    cost="n²d", natural=True,
+    split="minus 2(1 + t) times the positive product; the log-sum-exp",
+    tune=(Knob("alpha", (30., 55.), "linear", "degrees; 4 tan^2 alpha is a sharpness, so lower lr as it grows"),),
+    source=ROTH,
+    said={**REVISIT, "objective_options": dict(alpha=45.)},
+    beyond=("an N-pair loss is added, the angular part weighing 2, embeddings raw with an L2 term of 0.005", ADAM,
+            DRAWN))
 
 CARDS["circle"] = Card(
-    2020, "Sun et al.: Circle Loss, CVPR 2020, eqs. 4 to 6",
-    r"\log\Big[1+\sum_ke^{\gamma[s_k+m]_+(s_k-m)}\sum_pe^{-\gamma[1+m-s_p]_+(s_p-1+m)}\Big]",
-    "softplus(LSE_N gamma a_n (s - m) + LSE_P -gamma a_p (s - 1 + m)), a held constant", "n²d", False,
-    "the log-sum over positives where the softplus is open; the rest",
-    (Knob("gamma", (32., 256.), "log", "the loss grows in proportion: lower lr, or clip, with it"),
-     Knob("margin", (.15, .5), "linear", "goals are 1 - m and m; smaller with larger gamma (faces: 0.25 and 256)"),
-     Knob("pairs", ("anchor", "batch"), "choice", "two different losses under one name")),
-    "margin and scale as listed by pytorch-metric-learning from the paper",
-    dict(objective_options=dict(margin=.4, gamma=80.)),
-    dict(dataset="cub", dim=512, batch_size=80, sampler="balanced", per_class=5), {},
-    ("BN-Inception; optimiser, learning rate and length of training are unknown to us",))
+    year=2020,
+    paper="Sun et al.: Circle Loss, CVPR 2020, eqs. 4 to 6",
+    formula=r"\log\Big[1+\sum_ke^{\gamma[s_k+m]_+(s_k-m)}\sum_pe^{-\gamma[1+m-s_p]_+(s_p-1+m)}\Big]",
+    plain="softplus(LSE_N gamma a_n (s - m) + LSE_P -gamma a_p (s - 1 + m)), a held constant",
+    cost="n²d", natural=False,
+    split="the log-sum over positives where the softplus is open; the rest",
+    tune=(Knob("gamma", (32., 256.), "log", "the loss grows in proportion: lower lr, or clip, with it"),
+          Knob("margin", (.15, .5), "linear",
+               "goals are 1 - m and m; smaller with larger gamma (faces: 0.25 and 256)"),
+          Knob("pairs", ("anchor", "batch"), "choice", "two different losses under one name")),
+    source="margin and scale as listed by pytorch-metric-learning from the paper",
+    said=dict(objective_options=dict(margin=.4, gamma=80.)),
+    recalled=dict(dataset="cub", dim=512, batch_size=80, sampler="balanced", per_class=5),
+    beyond=("BN-Inception; optimiser, learning rate and length of training are unknown to us",))
 
 CARDS["snr"] = Card(
-    2019, "Yuan et al.: Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning, CVPR 2019, eqs. 3, 5 "
-    "and 8",
-    r"\big[d_{ap}-d_{an}+\alpha\big]_+,\quad d_{ij}=\frac{\operatorname{var}(x_j-x_i)}{\operatorname{var}(x_i)}",
-    "triplets under the ratio var(x_j - x_i) / var(x_i)", "n²d", False, HINGE,
-    (Knob("margin", (.05, 1.), "log", "a ratio without unit; about 1 for form='contrastive'"),
-     Knob("mean_weight", (1e-3, .05), "log", "holds the mean of the coordinates at zero"),
-     Knob("form", ("triplet", "contrastive"), "choice", "the paper's triplets, or pairs as in libraries")),
-    ROTH, {**REVISIT, "objective_options": dict(margin=.2, mean_weight=.005)}, {}, {},
-    ("distance-weighted mining; with it the mean term is switched off there", ADAM, DRAWN))
+    year=2019,
+    paper="Yuan et al.: Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning, CVPR 2019, eqs. "
+          "3, 5 and 8",
+    formula=r"\big[d_{ap}-d_{an}+\alpha\big]_+,\quad d_{ij}=\frac{\operatorname{var}(x_j-x_i)}{"
+            r"\operatorname{var}(x_i)}",
+    plain="triplets under the ratio var(x_j - x_i) / var(x_i)",
+    cost="n²d", natural=False,
+    split=HINGE,
+    tune=(Knob("margin", (.05, 1.), "log", "a ratio without unit; about 1 for form='contrastive'"),
+          Knob("mean_weight", (.001, .05), "log", "holds the mean of the coordinates at zero"),
+          Knob("form", ("triplet", "contrastive"), "choice", "the paper's triplets, or pairs as in libraries")),
+    source=ROTH,
+    said={**REVISIT, "objective_options": dict(margin=.2, mean_weight=.005)},
+    beyond=("distance-weighted mining; with it the mean term is switched off there", ADAM, DRAWN))
 
 CARDS["quadruplet"] = Card(
-    2017, "Chen et al.: Beyond triplet loss, a deep quadruplet network, CVPR 2017, eq. 6",
-    r"\overline{\big[D_{ip}^2-D_{ik}^2+\alpha_1\big]_+}+\overline{\big[D_{ip}^2-D_{kl}^2+\alpha_2\big]_+}",
-    "triplet hinge + hinge of a positive pair against a negative pair of two other classes", "n²(d + log n)", False,
-    HINGE,
-    (Knob("margin", (.05, .5), "log", "of the triplets"),
-     Knob("stranger_margin", (.02, .3), "log", "of the strangers; the paper wants it below margin"),
-     Knob("reduction", ("nonzero", "all"), "choice", "as in triplet")),
-    ROTH, {**REVISIT, "objective_options": dict(margin=.2, stranger_margin=.2, reduction="all")}, {}, {},
-    ("distance-weighted quadruplets, one an anchor; here all of them", ADAM, DRAWN))
+    year=2017,
+    paper="Chen et al.: Beyond triplet loss, a deep quadruplet network, CVPR 2017, eq. 6",
+    formula=r"\overline{\big[D_{ip}^2-D_{ik}^2+\alpha_1\big]_+}+\overline{\big[D_{ip}^2-D_{kl}^2+\alpha_2\big]_+}",
+    plain="triplet hinge + hinge of a positive pair against a negative pair of two other classes",
+    cost="n²(d + log n)", natural=False,
+    split=HINGE,
+    tune=(Knob("margin", (.05, .5), "log", "of the triplets"),
+          Knob("stranger_margin", (.02, .3), "log", "of the strangers; the paper wants it below margin"),
+          Knob("reduction", ("nonzero", "all"), "choice", "as in triplet")),
+    source=ROTH,
+    said={**REVISIT, "objective_options": dict(margin=.2, stranger_margin=.2, reduction="all")},
+    beyond=("distance-weighted quadruplets, one an anchor; here all of them", ADAM, DRAWN))
 
 CARDS["histogram"] = Card(
-    2016, "Ustinova, Lempitsky: Learning Deep Embeddings with Histogram Loss, NIPS 2016, eqs. 2 to 5",
-    r"\sum_rh^-_r\Phi^+_r,\qquad\Phi^+_r=\sum_{q\le r}h^+_q",
-    "chance that a random negative cosine exceeds a random positive one, from two soft histograms", "n²d", False,
-    "the chance against uniform negatives; the rest",
-    (Knob("bins", (25, 200), "log", "too many for the pairs of a batch make the gradient noisy"),
-     Knob("batch_size", (64, 512), "log", "two histograms have to be filled: the larger the batch, the better"),
-     Knob("lr", (1e-5, 1e-3), "log", "for adamw; the loss is a probability, its gradients are small")),
-    ROTH, {**REVISIT, "objective_options": dict(bins=64)}, {}, {},
-    ("65 nodes there, so 64 intervals here", "the authors' solver for CUHK03: Adam at 1e-4, decay 5e-4, 150,000 "
-    "iterations, "
-     "divided by 10 after 100,000", ADAM, DRAWN))
+    year=2016,
+    paper="Ustinova, Lempitsky: Learning Deep Embeddings with Histogram Loss, NIPS 2016, eqs. 2 to 5",
+    formula=r"\sum_rh^-_r\Phi^+_r,\qquad\Phi^+_r=\sum_{q\le r}h^+_q",
+    plain="chance that a random negative cosine exceeds a random positive one, from two soft histograms",
+    cost="n²d", natural=False,
+    split="the chance against uniform negatives; the rest",
+    tune=(Knob("bins", (25, 200), "log", "too many for the pairs of a batch make the gradient noisy"),
+          Knob("batch_size", (64, 512), "log", "two histograms have to be filled: the larger the batch, the better"),
+          Knob("lr", (1e-5, .001), "log", "for adamw; the loss is a probability, its gradients are small")),
+    source=ROTH,
+    said={**REVISIT, "objective_options": dict(bins=64)},
+    beyond=("65 nodes there, so 64 intervals here",
+            "the authors' solver for CUHK03: Adam at 1e-4, decay 5e-4, 150,000 iterations, divided by 10 after "
+            "100,000",
+            ADAM, DRAWN))
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c13
 CARDS["cross_entropy"] = Card(
-    2020, "Boudiaf et al.: A unifying mutual information view of metric learning, ECCV 2020 (as a baseline that wins)",
-    r"-\frac1n\sum_i\theta_{y_i}^\top x_i+\frac1n\sum_i\log\sum_ke^{\theta_k^\top x_i}",
-    "-own logit + log sum exp of all logits",
-    "nKd", True, "minus the target's logit; the log-sum-exp",
-    (Knob("lr", (.003, .3), "log", "for sgd; the classifier starts at zero, so warm-up matters"),
-     Knob("classifier_lr", (1., 10.), "log", "when the encoder is pretrained and slow"),
-     Knob("label_smoothing", (0., .2), "linear", "bounds the logits; conventions differ, see `smoothing`"),
-     Knob("dropout", (0., .5), "linear", "before the classifier")),
-    "the authors' code (README command for CUB, and its defaults)",
-    dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, freeze_bn=True, dropout=.5, lr=.02, momentum=0.,
-         weight_decay=5e-4, schedule="warmcos", warmup=100, epochs=30, batch_size=128, sampler="random",
-         augment=dict(crop_scale=(.16, 1.), flip=True, jitter=(.25, .25, .25, 0.)),
-         objective_options=dict(label_smoothing=.1, smoothing="paper")), {}, {},
-    ("images are first scaled to 256 pixels on the shorter side, then cropped",
-     "the reported epoch is the best on the test classes; the Companion chooses on training classes"))
+    year=2020,
+    paper="Boudiaf et al.: A unifying mutual information view of metric learning, ECCV 2020 (as a baseline that wins)",
+    formula=r"-\frac1n\sum_i\theta_{y_i}^\top x_i+\frac1n\sum_i\log\sum_ke^{\theta_k^\top x_i}",
+    plain="-own logit + log sum exp of all logits",
+    cost="nKd", natural=True,
+    split="minus the target's logit; the log-sum-exp",
+    tune=(Knob("lr", (.003, .3), "log", "for sgd; the classifier starts at zero, so warm-up matters"),
+          Knob("classifier_lr", (1., 10.), "log", "when the encoder is pretrained and slow"),
+          Knob("label_smoothing", (0., .2), "linear", "bounds the logits; conventions differ, see `smoothing`"),
+          Knob("dropout", (0., .5), "linear", "before the classifier")),
+    source="the authors' code (README command for CUB, and its defaults)",
+    said=dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, freeze_bn=True, dropout=.5, lr=.02,
+              momentum=0., weight_decay=5e-4, schedule="warmcos", warmup=100, epochs=30, batch_size=128,
+              sampler="random", augment=dict(crop_scale=(.16, 1.), flip=True, jitter=(.25, .25, .25, 0.)),
+              objective_options=dict(label_smoothing=.1, smoothing="paper")),
+    beyond=("images are first scaled to 256 pixels on the shorter side, then cropped",
+            "the reported epoch is the best on the test classes; the Companion chooses on training classes"))
 
 CARDS["normalized_softmax"] = Card(
-    2019, "Zhai, Wu: Classification is a Strong Baseline for Deep Metric Learning, BMVC 2019",
-    r"-\frac1n\sum_i\log\frac{e^{z_i^\top p_{y_i}/\tau}}{\sum_ke^{z_i^\top p_k/\tau}}",
-    "softmax over cosines / temperature", "nKd",
-    True, "minus the target's logit; the log-sum-exp",
-    (Knob("temperature", (.02, .2), "log", "the one that matters: too large leaves a floor, above all with many "
-    "classes"),
-     Knob("proxy_lr", (1., 100.), "log", "higher for a pretrained, slowly learning encoder"),
-     Knob("norm", ("none", "layer"), "choice", "the paper normalises by layer before the sphere")),
-    "the authors' code (azgo14/classification_metric_learning, README and train_classification.py)",
-    dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, norm="layer", lr=.001, momentum=.9,
-    weight_decay=1e-4,
-         schedule="constant", epochs=30, batch_size=75, sampler="balanced", per_class=25, augment=dict(flip=True),
-         objective_options=dict(temperature=.05)), {}, {},
-    ("learning rate times 0.1 after 15 epochs; before them one epoch in which only the proxies learn",
-     "random crops of 224 out of 256 pixels, not resized ones", "2,048 dimensions: the pooled features themselves"))
+    year=2019,
+    paper="Zhai, Wu: Classification is a Strong Baseline for Deep Metric Learning, BMVC 2019",
+    formula=r"-\frac1n\sum_i\log\frac{e^{z_i^\top p_{y_i}/\tau}}{\sum_ke^{z_i^\top p_k/\tau}}",
+    plain="softmax over cosines / temperature",
+    cost="nKd", natural=True,
+    split="minus the target's logit; the log-sum-exp",
+    tune=(Knob("temperature", (.02, .2), "log",
+               "the one that matters: too large leaves a floor, above all with many classes"),
+          Knob("proxy_lr", (1., 100.), "log", "higher for a pretrained, slowly learning encoder"),
+          Knob("norm", ("none", "layer"), "choice", "the paper normalises by layer before the sphere")),
+    source="the authors' code (azgo14/classification_metric_learning, README and train_classification.py)",
+    said=dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, norm="layer", lr=.001, momentum=.9,
+              weight_decay=1e-4, schedule="constant", epochs=30, batch_size=75, sampler="balanced", per_class=25,
+              augment=dict(flip=True), objective_options=dict(temperature=.05)),
+    beyond=("learning rate times 0.1 after 15 epochs; before them one epoch in which only the proxies learn",
+            "random crops of 224 out of 256 pixels, not resized ones",
+            "2,048 dimensions: the pooled features themselves"))
 
 SOLVER = ("faces (CASIA-WebFace), a network of their own, 28,000 iterations, divided by 10 after 16,000 and 24,000")
 FACES = dict(lr=.1, momentum=.9, weight_decay=5e-4, schedule="constant", batch_size=256, dim=512,
     augment=dict(flip=True),
              sampler="random")
 CARDS["softmax"] = Card(
-    1990, "Bridle: Probabilistic Interpretation of Feedforward Classification Network Outputs, 1990",
-    r"-\frac1n\sum_i\log\frac{e^{w_{y_i}^\top x_i}}{\sum_ke^{w_k^\top x_i}}",
-    "cross-entropy of raw products, no bias", "nKd", True,
-    "minus the target's logit; the log-sum-exp",
-    (Knob("lr", (.003, .3), "log", "for sgd; as cross_entropy, which it is but for bias and smoothing"),
-     Knob("classifier_lr", (1., 10.), "log", "when the encoder is pretrained and slow")),
-    "the solver of SphereFace's code (wy1iu/sphereface); that its softmax baseline used it, too, is our assumption",
-    {}, {}, FACES, (SOLVER, "Bridle 1990 trains speech models; no recipe of his applies"))
+    year=1990,
+    paper="Bridle: Probabilistic Interpretation of Feedforward Classification Network Outputs, 1990",
+    formula=r"-\frac1n\sum_i\log\frac{e^{w_{y_i}^\top x_i}}{\sum_ke^{w_k^\top x_i}}",
+    plain="cross-entropy of raw products, no bias",
+    cost="nKd", natural=True,
+    split="minus the target's logit; the log-sum-exp",
+    tune=(Knob("lr", (.003, .3), "log", "for sgd; as cross_entropy, which it is but for bias and smoothing"),
+          Knob("classifier_lr", (1., 10.), "log", "when the encoder is pretrained and slow")),
+    source="the solver of SphereFace's code (wy1iu/sphereface); that its softmax baseline used it, too, is our "
+           "assumption",
+    ours=FACES,
+    beyond=(SOLVER, "Bridle 1990 trains speech models; no recipe of his applies"))
 
 CARDS["modified_softmax"] = Card(
-    2017, "Liu et al.: SphereFace, CVPR 2017, eq. 4",
-    r"-\frac1n\sum_i\log\frac{e^{\lVert x_i\rVert\cos\theta_{y_i}}}{\sum_ke^{\lVert x_i\rVert\cos\theta_k}}",
-    "softmax over |x| cos theta: unit weights, raw embeddings", "nKd", True,
-    "minus the target's logit; the log-sum-exp",
-    (Knob("lr", (.003, .3), "log", "for sgd; lengths grow to lower the loss, which slows the angles down"),
-     Knob("weight_decay", (1e-5, 1e-3), "log", "the only thing that holds the lengths"),
-     Knob("proxy_lr", (1., 30.), "log", "as in every proxy loss")),
-    "the solver of SphereFace's code (wy1iu/sphereface); that this baseline used it, too, is our assumption",
-    {}, {}, FACES, (SOLVER,))
+    year=2017,
+    paper="Liu et al.: SphereFace, CVPR 2017, eq. 4",
+    formula=r"-\frac1n\sum_i\log\frac{e^{\lVert x_i\rVert\cos\theta_{y_i}}}{\sum_ke^{\lVert x_i\rVert\cos\theta_k}}",
+    plain="softmax over |x| cos theta: unit weights, raw embeddings",
+    cost="nKd", natural=True,
+    split="minus the target's logit; the log-sum-exp",
+    tune=(Knob("lr", (.003, .3), "log", "for sgd; lengths grow to lower the loss, which slows the angles down"),
+          Knob("weight_decay", (1e-5, .001), "log", "the only thing that holds the lengths"),
+          Knob("proxy_lr", (1., 30.), "log", "as in every proxy loss")),
+    source="the solver of SphereFace's code (wy1iu/sphereface); that this baseline used it, too, is our assumption",
+    ours=FACES,
+    beyond=(SOLVER,))
 
 CARDS["sphereface"] = Card(
-    2017, "Liu et al.: SphereFace, CVPR 2017, eq. 7",
-    r"-\frac1n\sum_i\log\frac{e^{\lVert x_i\rVert\psi(\theta_{y_i})}}{e^{\lVert "
-    r"x_i\rVert\psi(\theta_{y_i})}+\sum_{k\ne y_i}e^{\lVert x_i\rVert\cos\theta_k}},"
-    r"\quad\psi=(-1)^j\cos(m\theta)-2j",
-    "softmax whose own angle is multiplied by m, annealed from the plain cosine", "nKd", False,
-    "minus the bent target logit; the log-sum-exp, in which it stands, too",
-    (Knob("margin", (2, 4), "linear", "a whole factor; needs annealing from 3 on"),
-     Knob("anneal_to", (1., 20.), "log", "where annealing ends: 1 / (1 + it) of the margin arrives"),
-     Knob("anneal_rate", (.01, 1.), "log", "about 1000 / (anneal_to * rate) batches until it ends: fit it to your "
-     "run")),
-    "the authors' code (wy1iu/sphereface, sphereface_solver.prototxt and sphereface_model.prototxt)",
-    {**FACES, "objective_options": dict(margin=4, anneal_from=1000., anneal_to=5., anneal_rate=.12)}, {}, {},
-    (SOLVER, "the Caffe layer scales gradients, so the learning rate does not carry over unchanged (authors' README)"))
+    year=2017,
+    paper="Liu et al.: SphereFace, CVPR 2017, eq. 7",
+    formula=r"-\frac1n\sum_i\log\frac{e^{\lVert x_i\rVert\psi(\theta_{y_i})}}{e^{\lVert "
+            r"x_i\rVert\psi(\theta_{y_i})}+\sum_{k\ne y_i}e^{\lVert "
+            r"x_i\rVert\cos\theta_k}},\quad\psi=(-1)^j\cos(m\theta)-2j",
+    plain="softmax whose own angle is multiplied by m, annealed from the plain cosine",
+    cost="nKd", natural=False,
+    split="minus the bent target logit; the log-sum-exp, in which it stands, too",
+    tune=(Knob("margin", (2, 4), "linear", "a whole factor; needs annealing from 3 on"),
+          Knob("anneal_to", (1., 20.), "log", "where annealing ends: 1 / (1 + it) of the margin arrives"),
+          Knob("anneal_rate", (.01, 1.), "log",
+               "about 1000 / (anneal_to * rate) batches until it ends: fit it to your run")),
+    source="the authors' code (wy1iu/sphereface, sphereface_solver.prototxt and sphereface_model.prototxt)",
+    said={**FACES, "objective_options": dict(margin=4, anneal_from=1000., anneal_to=5., anneal_rate=.12)},
+    beyond=(SOLVER,
+            "the Caffe layer scales gradients, so the learning rate does not carry over unchanged (authors' README)"))
 
 CARDS["cosface"] = Card(
-    2018, "Wang et al.: CosFace, CVPR 2018, eq. 4",
-    r"-\frac1n\sum_i\log\frac{e^{s(\cos\theta_{y_i}-m)}}{e^{s(\cos\theta_{y_i}-m)}+\sum_{k\ne y_i}e^{s\cos\theta_k}}",
-    "softmax of s cos theta, own cosine less m", "nKd", False,
-    "minus the target logit, margin taken off; the log-sum-exp, in which it stands, too",
-    (Knob("scale", (8., 64.), "log", "first of all; 64 is for ten thousand classes, 16 to 32 for some hundred"),
-     Knob("margin", (0., .4), "linear", "on unseen classes often useless (22_classification): try 0"),
-     Knob("proxy_lr", (1., 100.), "log", "no weight decay on directions if you can")),
-    "memory only, but for margin and scale, which are the paper's", dict(objective_options=dict(margin=.35, scale=64.)),
-    dict(lr=.1, momentum=.9, weight_decay=5e-4, schedule="constant", batch_size=512), {},
-    ("faces; learning rate divided by 10 after 16,000, 24,000 and 28,000 iterations (unconfirmed)",))
+    year=2018,
+    paper="Wang et al.: CosFace, CVPR 2018, eq. 4",
+    formula=r"-\frac1n\sum_i\log\frac{e^{s(\cos\theta_{y_i}-m)}}{e^{s(\cos\theta_{y_i}-m)}+\sum_{k\ne "
+            r"y_i}e^{s\cos\theta_k}}",
+    plain="softmax of s cos theta, own cosine less m",
+    cost="nKd", natural=False,
+    split="minus the target logit, margin taken off; the log-sum-exp, in which it stands, too",
+    tune=(Knob("scale", (8., 64.), "log", "first of all; 64 is for ten thousand classes, 16 to 32 for some hundred"),
+          Knob("margin", (0., .4), "linear", "on unseen classes often useless (22_classification): try 0"),
+          Knob("proxy_lr", (1., 100.), "log", "no weight decay on directions if you can")),
+    source="memory only, but for margin and scale, which are the paper's",
+    said=dict(objective_options=dict(margin=.35, scale=64.)),
+    recalled=dict(lr=.1, momentum=.9, weight_decay=5e-4, schedule="constant", batch_size=512),
+    beyond=("faces; learning rate divided by 10 after 16,000, 24,000 and 28,000 iterations (unconfirmed)",))
 
 CARDS["arcface"] = Card(
-    2019, "Deng et al.: ArcFace: Additive Angular Margin Loss for Deep Face Recognition, CVPR 2019, eq. 3",
-    r"-\frac1n\sum_i\log\frac{e^{s\cos(\theta_{y_i}+m)}}{e^{s\cos(\theta_{y_i}+m)}+\sum_{k\ne y_i}e^{s\cos\theta_k}}",
-    "softmax of s cos theta, m added to the own angle", "nKd", False,
-    "minus the bent target logit; the log-sum-exp, in which it stands, too",
-    (Knob("scale", (8., 64.), "log", "first of all; 64 is for ten thousand classes, 16 to 32 for some hundred"),
-     Knob("margin", (0., .5), "linear", "radians; start at 0.2 where classes are few, or warm up without"),
-     Knob("proxy_lr", (1., 100.), "log", "Roth et al. 2020 learn proxies 50 times faster at scale 16"),
-     Knob("guard", ("linear", "easy", "none"), "choice", "what happens beyond pi - m; 'easy' for hard starts")),
-    "the authors' later code (deepinsight/insightface, arcface_torch/configs/ms1mv3_r50_onegpu.py)",
-    dict(encoder="resnet50", dim=512, lr=.02, momentum=.9, weight_decay=5e-4, warmup=0, epochs=20, batch_size=128,
-         objective_options=dict(margin=.5, scale=64.)), {}, dict(sampler="random", augment=dict(flip=True)),
-    ("faces (MS1M, 93,431 classes) and a ResNet-50 made for them, from random weights",
-     "half precision, and a schedule of its own", "the paper: batch 512 and steps of 0.1 (unconfirmed)"))
+    year=2019,
+    paper="Deng et al.: ArcFace: Additive Angular Margin Loss for Deep Face Recognition, CVPR 2019, eq. 3",
+    formula=r"-\frac1n\sum_i\log\frac{e^{s\cos(\theta_{y_i}+m)}}{e^{s\cos(\theta_{y_i}+m)}+\sum_{k\ne "
+            r"y_i}e^{s\cos\theta_k}}",
+    plain="softmax of s cos theta, m added to the own angle",
+    cost="nKd", natural=False,
+    split="minus the bent target logit; the log-sum-exp, in which it stands, too",
+    tune=(Knob("scale", (8., 64.), "log", "first of all; 64 is for ten thousand classes, 16 to 32 for some hundred"),
+          Knob("margin", (0., .5), "linear", "radians; start at 0.2 where classes are few, or warm up without"),
+          Knob("proxy_lr", (1., 100.), "log", "Roth et al. 2020 learn proxies 50 times faster at scale 16"),
+          Knob("guard", ("linear", "easy", "none"), "choice", "what happens beyond pi - m; 'easy' for hard starts")),
+    source="the authors' later code (deepinsight/insightface, arcface_torch/configs/ms1mv3_r50_onegpu.py)",
+    said=dict(encoder="resnet50", dim=512, lr=.02, momentum=.9, weight_decay=5e-4, warmup=0, epochs=20,
+              batch_size=128, objective_options=dict(margin=.5, scale=64.)),
+    ours=dict(sampler="random", augment=dict(flip=True)),
+    beyond=("faces (MS1M, 93,431 classes) and a ResNet-50 made for them, from random weights",
+            "half precision, and a schedule of its own", "the paper: batch 512 and steps of 0.1 (unconfirmed)"))
 
 CARDS["subcenter_arcface"] = Card(
-    2020, "Deng et al.: Sub-center ArcFace, ECCV 2020",
-    r"\text{ArcFace with }\cos\theta_k=\max_{c\le S}z_i^\top p_k^c", "ArcFace to the nearest of S centres a class",
-    "nSKd", False,
-    "as ArcFace",
-    (Knob("sub_centers", (2, 5), "linear", "3 with noisy labels; 1 is ArcFace and often enough"),
-     Knob("scale", (8., 64.), "log", "as arcface"),
-     Knob("margin", (0., .5), "linear", "as arcface")),
-    "the authors' README (deepinsight/insightface, subcenter_arcface); the rest as arcface",
-    dict(objective_options=dict(sub_centers=3)), {},
-    dict(encoder="resnet50", dim=512, lr=.02, momentum=.9, weight_decay=5e-4, warmup=0, epochs=20, batch_size=128),
-    ("after training, centres that are not a class's main one and images more than 75 degrees away are dropped, "
-     "and ArcFace is trained anew on what is left", "faces with about half of the labels wrong (MS1MV0)"))
+    year=2020,
+    paper="Deng et al.: Sub-center ArcFace, ECCV 2020",
+    formula=r"\text{ArcFace with }\cos\theta_k=\max_{c\le S}z_i^\top p_k^c",
+    plain="ArcFace to the nearest of S centres a class",
+    cost="nSKd", natural=False,
+    split="as ArcFace",
+    tune=(Knob("sub_centers", (2, 5), "linear", "3 with noisy labels; 1 is ArcFace and often enough"),
+          Knob("scale", (8., 64.), "log", "as arcface"),
+          Knob("margin", (0., .5), "linear", "as arcface")),
+    source="the authors' README (deepinsight/insightface, subcenter_arcface); the rest as arcface",
+    said=dict(objective_options=dict(sub_centers=3)),
+    ours=dict(encoder="resnet50", dim=512, lr=.02, momentum=.9, weight_decay=5e-4, warmup=0, epochs=20,
+              batch_size=128),
+    beyond=("after training, centres that are not a class's main one and images more than 75 degrees away are "
+            "dropped, and ArcFace is trained anew on what is left",
+            "faces with about half of the labels wrong (MS1MV0)"))
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c15
 EPS = ("Adam with epsilon = 1, which for small gradients is SGD with momentum 0.9 at a tenth of its rate: "
        "so it stands here")
 CARDS["proxy_nca"] = Card(
-    2017, "Movshovitz-Attias et al.: No Fuss Distance Metric Learning using Proxies, ICCV 2017, eq. 4",
-    r"\frac1n\sum_i\Big[\tau\lVert z_i-p_{y_i}\rVert^2+\log\sum_{c\ne y_i}e^{-\tau\lVert z_i-p_c\rVert^2}\Big]",
-    "tau |z - p_y|^2 + log sum over other classes of exp(-tau |z - p|^2)", "nKd", True,
-    "squared distance to the own proxy; the log-sum over the others",
-    (Knob("scale", (3., 32.), "log", "tau: both vectors times its root; as 1 / (2 temperature) of normalized_softmax"),
-     Knob("proxy_lr", (10., 1000.), "log", "proxies start anywhere and must arrive before the encoder bends"),
-     Knob("lr", (1e-5, 1e-3), "log", "for adamw; samples that are right pull with full force for ever: lower it "
-     "towards the end")),
-    "a re-implementation (dichotomies/proxy-nca, README and config.json), which uses the ++ form of the loss",
-    dict(dataset="cub", pretrained=True, dim=64, lr=.0045, momentum=.9, proxy_lr=22.2, weight_decay=0.,
-    schedule="constant",
-         epochs=20, objective_options=dict(scale=9.)), dict(batch_size=32), dict(encoder="resnet50"),
-    (EPS, "learning rate times 0.94 an epoch", "labels smoothed by 0.1 in its softmax",
-     "BN-Inception, for which ResNet-50 stands in", "the paper itself: RMSprop"))
+    year=2017,
+    paper="Movshovitz-Attias et al.: No Fuss Distance Metric Learning using Proxies, ICCV 2017, eq. 4",
+    formula=r"\frac1n\sum_i\Big[\tau\lVert z_i-p_{y_i}\rVert^2+\log\sum_{c\ne y_i}e^{-\tau\lVert "
+            r"z_i-p_c\rVert^2}\Big]",
+    plain="tau |z - p_y|^2 + log sum over other classes of exp(-tau |z - p|^2)",
+    cost="nKd", natural=True,
+    split="squared distance to the own proxy; the log-sum over the others",
+    tune=(Knob("scale", (3., 32.), "log",
+               "tau: both vectors times its root; as 1 / (2 temperature) of normalized_softmax"),
+          Knob("proxy_lr", (10., 1000.), "log", "proxies start anywhere and must arrive before the encoder bends"),
+          Knob("lr", (1e-5, .001), "log",
+               "for adamw; samples that are right pull with full force for ever: lower it towards the end")),
+    source="a re-implementation (dichotomies/proxy-nca, README and config.json), which uses the ++ form of the loss",
+    said=dict(dataset="cub", pretrained=True, dim=64, lr=.0045, momentum=.9, proxy_lr=22.2, weight_decay=0.,
+              schedule="constant", epochs=20, objective_options=dict(scale=9.)),
+    recalled=dict(batch_size=32),
+    ours=dict(encoder="resnet50"),
+    beyond=(EPS, "learning rate times 0.94 an epoch", "labels smoothed by 0.1 in its softmax",
+            "BN-Inception, for which ResNet-50 stands in", "the paper itself: RMSprop"))
 
 CARDS["proxy_nca_pp"] = Card(
-    2020, "Teh, DeVries, Taylor: ProxyNCA++, ECCV 2020",
-    r"-\frac1n\sum_i\log\frac{e^{-\tau\lVert z_i-p_{y_i}\rVert^2}}{\sum_ce^{-\tau\lVert z_i-p_c\rVert^2}}",
-    "softmax over -tau |z - p|^2: normalized_softmax at temperature 1 / (2 tau)", "nKd", True,
-    "minus the target's logit; the log-sum-exp",
-    (Knob("scale", (3., 32.), "log", "tau; tune it or normalized_softmax's temperature, they are one"),
-     Knob("proxy_lr", (10., 1e5), "log", "the paper's largest single gain"),
-     Knob("norm", ("none", "layer"), "choice", "with layer norm before the sphere, as in the paper")),
-    "the authors' code (euwern/proxynca_pp, config/cub.json)",
-    dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, norm="layer", lr=4e-4, momentum=.9, proxy_lr=1e5,
-         weight_decay=0., schedule="constant", epochs=40, batch_size=32, sampler="balanced", per_class=4,
-         objective_options=dict(scale=9.)), {}, dict(augment=dict(flip=True)),
-    (EPS, "maximum instead of average pooling, 2,048 dimensions", "learning rate lowered when validation stops rising "
-     "(patience 4), then trained anew on all classes with the same steps"))
+    year=2020,
+    paper="Teh, DeVries, Taylor: ProxyNCA++, ECCV 2020",
+    formula=r"-\frac1n\sum_i\log\frac{e^{-\tau\lVert z_i-p_{y_i}\rVert^2}}{\sum_ce^{-\tau\lVert z_i-p_c\rVert^2}}",
+    plain="softmax over -tau |z - p|^2: normalized_softmax at temperature 1 / (2 tau)",
+    cost="nKd", natural=True,
+    split="minus the target's logit; the log-sum-exp",
+    tune=(Knob("scale", (3., 32.), "log", "tau; tune it or normalized_softmax's temperature, they are one"),
+          Knob("proxy_lr", (10., 1e5), "log", "the paper's largest single gain"),
+          Knob("norm", ("none", "layer"), "choice", "with layer norm before the sphere, as in the paper")),
+    source="the authors' code (euwern/proxynca_pp, config/cub.json)",
+    said=dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, norm="layer", lr=4e-4, momentum=.9,
+              proxy_lr=1e5, weight_decay=0., schedule="constant", epochs=40, batch_size=32, sampler="balanced",
+              per_class=4, objective_options=dict(scale=9.)),
+    ours=dict(augment=dict(flip=True)),
+    beyond=(EPS, "maximum instead of average pooling, 2,048 dimensions",
+            "learning rate lowered when validation stops rising (patience 4), then trained anew on all classes with "
+            "the same steps"))
 
 CARDS["proxy_anchor"] = Card(
-    2020, "Kim et al.: Proxy Anchor Loss for Deep Metric Learning, CVPR 2020, eq. 4",
-    r"\frac1{|P^+|}\sum_{p\in P^+}\log\Big(1+\sum_{X_p^+}e^{-\alpha(s_{ip}-\delta)}\Big)"
-    r"+\frac1{|P|}\sum_p\log\Big(1+\sum_{X_p^-}e^{\alpha(s_{ip}+\delta)}\Big)",
-    "each proxy: log(1 + sum of exp(-alpha (s - delta))) over its images + the same over the others", "nKd", True,
-    "the term of a proxy's own images; the term of all others",
-    (Knob("proxy_lr", (10., 1000.), "log", "100 in the paper; more with many classes, each proxy is pulled rarely"),
-     Knob("alpha", (8., 64.), "log", "how much the worst image counts; 32 in the paper"),
-     Knob("margin", (0., .3), "linear", "a cosine; 0.1 in the paper"),
-     Knob("batch_size", (60, 240), "log", "images of a batch compete: the authors report better results with larger "
-     "ones")),
-    "the authors' code (tjddus9597/Proxy-Anchor-CVPR2020, README command for ResNet-50 on CUB, and train.py)",
-    dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, freeze_bn=True, dim=512, optimizer="adamw",
-    lr=1e-4,
-         proxy_lr=100., weight_decay=1e-4, schedule="constant", epochs=60, batch_size=120, sampler="random",
-         objective_options=dict(alpha=32., margin=.1)), dict(augment=dict(crop_scale=(.08, 1.), flip=True)), {},
-    ("learning rate halved every 5 epochs", "five first epochs in which only the last layer and the proxies learn",
-     "gradients clipped at 10 by value, not by norm", "average plus maximum pooling (unconfirmed)"))
+    year=2020,
+    paper="Kim et al.: Proxy Anchor Loss for Deep Metric Learning, CVPR 2020, eq. 4",
+    formula=r"\frac1{|P^+|}\sum_{p\in P^+}\log\Big(1+\sum_{X_p^+}e^{-\alpha(s_{ip}-\delta)}\Big)+\frac1{|P|}\sum_p"
+            r"\log\Big(1+\sum_{X_p^-}e^{\alpha(s_{ip}+\delta)}\Big)",
+    plain="each proxy: log(1 + sum of exp(-alpha (s - delta))) over its images + the same over the others",
+    cost="nKd", natural=True,
+    split="the term of a proxy's own images; the term of all others",
+    tune=(Knob("proxy_lr", (10., 1000.), "log",
+               "100 in the paper; more with many classes, each proxy is pulled rarely"),
+          Knob("alpha", (8., 64.), "log", "how much the worst image counts; 32 in the paper"),
+          Knob("margin", (0., .3), "linear", "a cosine; 0.1 in the paper"),
+          Knob("batch_size", (60, 240), "log",
+               "images of a batch compete: the authors report better results with larger ones")),
+    source="the authors' code (tjddus9597/Proxy-Anchor-CVPR2020, README command for ResNet-50 on CUB, and train.py)",
+    said=dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, freeze_bn=True, dim=512,
+              optimizer="adamw", lr=1e-4, proxy_lr=100., weight_decay=1e-4, schedule="constant", epochs=60,
+              batch_size=120, sampler="random", objective_options=dict(alpha=32., margin=.1)),
+    recalled=dict(augment=dict(crop_scale=(.08, 1.), flip=True)),
+    beyond=("learning rate halved every 5 epochs",
+            "five first epochs in which only the last layer and the proxies learn",
+            "gradients clipped at 10 by value, not by norm", "average plus maximum pooling (unconfirmed)"))
 
 CARDS["soft_triple"] = Card(
-    2019, "Qian et al.: SoftTriple Loss, ICCV 2019, eq. 10",
-    r"\mathrm{CE}\big(\lambda(S_{ic}-\delta[c=y_i])\big)+\tau\,\overline{\lVert w_c^k-w_c^l\rVert},\quad"
-    r"S_{ic}=\sum_k\operatorname{softmax}_k\big(\tfrac1\gamma z_i^\top w_c^k\big)z_i^\top w_c^k",
-    "softmax over soft maxima over S centres a class, less a margin, plus tau times their distances", "nSKd + S²Kd",
-    False,
-    "minus the target logit, and the centres' distances; the log-sum-exp",
-    (Knob("scale", (8., 64.), "log", "lambda; an inverse temperature as in cosface"),
-     Knob("gamma", (.03, .3), "log", "softness of the choice among centres"),
-     Knob("spread_weight", (.02, 1.), "log", "tau: superfluous centres merge; then centers_per_class hardly matters"),
-     Knob("centers_per_class", (1, 10), "log", "1 is enough for an encoder that can fold (23_proxies)"),
-     Knob("proxy_lr", (10., 1000.), "log", "100 in the code")),
-    "the authors' code (idstcv/SoftTriple, train.py)",
-    dict(dataset="cars196", size=224, pretrained=True, freeze_bn=True, dim=64, optimizer="adamw", lr=1e-4,
-    proxy_lr=100.,
-         weight_decay=1e-4, schedule="constant", epochs=50, batch_size=32, sampler="random",
-         augment=dict(crop_scale=(.08, 1.), flip=True),
-         objective_options=dict(centers_per_class=10, scale=20., gamma=.1, margin=.01, spread_weight=.2)),
-    {}, dict(encoder="resnet50"),
-    ("BN-Inception, for which ResNet-50 stands in", "Adam with epsilon = 0.01", "learning rate divided by 10 every 20 "
-    "epochs", ADAM))
+    year=2019,
+    paper="Qian et al.: SoftTriple Loss, ICCV 2019, eq. 10",
+    formula=r"\mathrm{CE}\big(\lambda(S_{ic}-\delta[c=y_i])\big)+\tau\,\overline{\lVert "
+            r"w_c^k-w_c^l\rVert},\quadS_{ic}=\sum_k\operatorname{softmax}_k\big(\tfrac1\gamma z_i^\top "
+            r"w_c^k\big)z_i^\top w_c^k",
+    plain="softmax over soft maxima over S centres a class, less a margin, plus tau times their distances",
+    cost="nSKd + S²Kd", natural=False,
+    split="minus the target logit, and the centres' distances; the log-sum-exp",
+    tune=(Knob("scale", (8., 64.), "log", "lambda; an inverse temperature as in cosface"),
+          Knob("gamma", (.03, .3), "log", "softness of the choice among centres"),
+          Knob("spread_weight", (.02, 1.), "log",
+               "tau: superfluous centres merge; then centers_per_class hardly matters"),
+          Knob("centers_per_class", (1, 10), "log", "1 is enough for an encoder that can fold (23_proxies)"),
+          Knob("proxy_lr", (10., 1000.), "log", "100 in the code")),
+    source="the authors' code (idstcv/SoftTriple, train.py)",
+    said=dict(dataset="cars196", size=224, pretrained=True, freeze_bn=True, dim=64, optimizer="adamw", lr=1e-4,
+              proxy_lr=100., weight_decay=1e-4, schedule="constant", epochs=50, batch_size=32, sampler="random",
+              augment=dict(crop_scale=(.08, 1.), flip=True),
+              objective_options=dict(centers_per_class=10, scale=20., gamma=.1, margin=.01, spread_weight=.2)),
+    ours=dict(encoder="resnet50"),
+    beyond=("BN-Inception, for which ResNet-50 stands in", "Adam with epsilon = 0.01",
+            "learning rate divided by 10 every 20 epochs", ADAM))
 
 CARDS["regularised"] = Card(
-    2018, "Liu et al.: Learning towards Minimum Hyperspherical Energy, NeurIPS 2018, and others "
-    "(24_centre_regularisers)",
-    r"\mathcal L_{\text{base}}+\eta\,R(p_1,\dots,p_K),"
-    r"\qquad R=-\log\Big(\overline{D_{ij}^{\lambda}}\Big)^{1/\lambda}\text{ and others}",
-    "any objective plus strength times a term that spreads its centres", "base + K²d", True,
-    "the base's own; the base's own and the regulariser, which only pushes",
-    (Knob("strength", (.01, 1.), "log", "against the base's gradient: too much and centres ignore the data"),
-     Knob("regulariser", ("power", "log_exp", "mhe", "gaussian", "uniform_face", "regular_face"), "choice",
-          "their gradients differ by orders of magnitude, so strength does not carry over"),
-     Knob("lam", (-8., -.5), "linear", "below 0 near pairs are heard; never above 2, where centres collapse"),
-     Knob("centres", (50, 1000), "log", "centres drawn a step, when K is large")),
-    "a manuscript on skewed means, which takes Proxy-Anchor's recipe as base",
-    dict(optimizer="adamw", lr=1e-4, proxy_lr=100., epochs=40, objective_options=dict(base="proxy_anchor")), {},
-    dict(weight_decay=1e-4),
-    ("the manuscript states neither lambda nor the strength; MHE's code has weight 10 on the output layer of its "
-    "networks",
-     "batch size, backbone and schedule: as proxy_anchor, if anything"))
+    year=2018,
+    paper="Liu et al.: Learning towards Minimum Hyperspherical Energy, NeurIPS 2018, and others "
+          "(24_centre_regularisers)",
+    formula=r"\mathcal L_{\text{base}}+\eta\,R(p_1,\dots,p_K),\qquad "
+            r"R=-\log\Big(\overline{D_{ij}^{\lambda}}\Big)^{1/\lambda}\text{ and others}",
+    plain="any objective plus strength times a term that spreads its centres",
+    cost="base + K²d", natural=True,
+    split="the base's own; the base's own and the regulariser, which only pushes",
+    tune=(Knob("strength", (.01, 1.), "log", "against the base's gradient: too much and centres ignore the data"),
+          Knob("regulariser", ("power", "log_exp", "mhe", "gaussian", "uniform_face", "regular_face"), "choice",
+               "their gradients differ by orders of magnitude, so strength does not carry over"),
+          Knob("lam", (-8., -.5), "linear", "below 0 near pairs are heard; never above 2, where centres collapse"),
+          Knob("centres", (50, 1000), "log", "centres drawn a step, when K is large")),
+    source="a manuscript on skewed means, which takes Proxy-Anchor's recipe as base",
+    said=dict(optimizer="adamw", lr=1e-4, proxy_lr=100., epochs=40, objective_options=dict(base="proxy_anchor")),
+    ours=dict(weight_decay=1e-4),
+    beyond=("the manuscript states neither lambda nor the strength; MHE's code has weight 10 on the output layer of "
+            "its networks",
+            "batch size, backbone and schedule: as proxy_anchor, if anything"))
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c17
 CARDS["group_loss"] = Card(
-    2020, "Elezi et al.: The Group Loss for Deep Metric Learning, ECCV 2020, eqs. 4 and 5",
-    r"x_{ik}\leftarrow\frac{x_{ik}(WX)_{ik}}{\sum_lx_{il}(WX)_{il}},\qquad-\frac1{|U|}\sum_{i\in U}\log x^{(t)}_{iy_i}",
-    "cross-entropy after the batch has voted by similarity, plus plain cross-entropy", "nKd + n²(d + K)", True,
-    "minus the own class's term after the vote; its log-sum-exp",
-    (Knob("temperature", (5., 100.), "log", "of the first opinions; tuned to each data set in the code (24, 79, 54)"),
-     Knob("anchors", (1, 3), "linear", "labelled images of a class; fewer than per_class"),
-     Knob("steps", (1, 3), "linear", "more make everyone certain, of wrong classes too"),
-     Knob("per_class", (4, 10), "linear", "a vote needs voters")),
-    "the authors' code (dvl-tum/group_loss, train.py, settings for CUB)",
-    dict(dataset="cub", pretrained=True, optimizer="adamw", lr=1.5637e-4, weight_decay=6.06e-6, schedule="constant",
-    epochs=70,
-         batch_size=54, sampler="balanced", per_class=9,
-         objective_options=dict(anchors=2, steps=1, temperature=24., auxiliary=1., self_pairs=True)), {},
-         dict(encoder="resnet50"),
-    ("RAdam; AdamW here", "BN-Inception, for which ResNet-50 stands in", "rate divided by 10 after 30 epochs; the best "
-     "weights so far, judged on test classes, are put back after 30 and 50",
-     "the network is first trained as a classifier (unconfirmed)"))
+    year=2020,
+    paper="Elezi et al.: The Group Loss for Deep Metric Learning, ECCV 2020, eqs. 4 and 5",
+    formula=r"x_{ik}\leftarrow\frac{x_{ik}(WX)_{ik}}{\sum_lx_{il}(WX)_{il}},\qquad-\frac1{|U|}\sum_{i\in U}\log "
+            r"x^{(t)}_{iy_i}",
+    plain="cross-entropy after the batch has voted by similarity, plus plain cross-entropy",
+    cost="nKd + n²(d + K)", natural=True,
+    split="minus the own class's term after the vote; its log-sum-exp",
+    tune=(Knob("temperature", (5., 100.), "log",
+               "of the first opinions; tuned to each data set in the code (24, 79, 54)"),
+          Knob("anchors", (1, 3), "linear", "labelled images of a class; fewer than per_class"),
+          Knob("steps", (1, 3), "linear", "more make everyone certain, of wrong classes too"),
+          Knob("per_class", (4, 10), "linear", "a vote needs voters")),
+    source="the authors' code (dvl-tum/group_loss, train.py, settings for CUB)",
+    said=dict(dataset="cub", pretrained=True, optimizer="adamw", lr=1.5637e-4, weight_decay=6.06e-6,
+              schedule="constant", epochs=70, batch_size=54, sampler="balanced", per_class=9,
+              objective_options=dict(anchors=2, steps=1, temperature=24., auxiliary=1., self_pairs=True)),
+    ours=dict(encoder="resnet50"),
+    beyond=("RAdam; AdamW here", "BN-Inception, for which ResNet-50 stands in",
+            "rate divided by 10 after 30 epochs; the best weights so far, judged on test classes, are put back "
+            "after 30 and 50",
+            "the network is first trained as a classifier (unconfirmed)"))
 
 CARDS["intra_batch"] = Card(
-    2021, "Seidenschwarz, Elezi, Leal-Taixé: Learning Intra-Batch Connections for Deep Metric Learning, ICML 2021",
-    r"\mathrm{CE}\big(f(\tilde z_i)/\tau\big)+\mathrm{CE}\big(g(z_i)/\tau\big),\quad\tilde Z=\text{attention}(Z)",
-    "cross-entropy of embeddings refined by attention over the batch, plus that of the embeddings", "nKd + n²d + nd²",
-    True,
-    "minus the target's logits of both; their log-sum-exps",
-    (Knob("temperature", (.05, 1.), "log", "of both classifiers"),
-     Knob("auxiliary", (.3, 3.), "log", "what keeps the embeddings themselves good: they alone are used at test"),
-     Knob("layers", (1, 3), "linear", "1 for fine-grained sets in the configs"),
-     Knob("heads", (1, 8), "log", "dim must be a multiple")),
-    "the authors' code (dvl-tum/intra_batch, config/config_cub_train.yaml)",
-    dict(dataset="cub", encoder="resnet50", pretrained=True, dim=512, optimizer="adamw", lr=1.5637e-4,
-         weight_decay=6.06e-6, schedule="constant", epochs=70, batch_size=54, sampler="balanced", per_class=9,
-         objective_options=dict(layers=1, heads=2, temperature=.2, auxiliary=1.)), {}, {},
-    ("RAdam (unconfirmed); AdamW here", "dropout 0.1 in the message passing, a batch norm before the classifier",
-     "random augmentation and erasing", "rate divided by 10 after 30 epochs (unconfirmed)"))
+    year=2021,
+    paper="Seidenschwarz, Elezi, Leal-Taixé: Learning Intra-Batch Connections for Deep Metric Learning, ICML 2021",
+    formula=r"\mathrm{CE}\big(f(\tilde z_i)/\tau\big)+\mathrm{CE}\big(g(z_i)/\tau\big),\quad\tilde "
+            r"Z=\text{attention}(Z)",
+    plain="cross-entropy of embeddings refined by attention over the batch, plus that of the embeddings",
+    cost="nKd + n²d + nd²", natural=True,
+    split="minus the target's logits of both; their log-sum-exps",
+    tune=(Knob("temperature", (.05, 1.), "log", "of both classifiers"),
+          Knob("auxiliary", (.3, 3.), "log",
+               "what keeps the embeddings themselves good: they alone are used at test"),
+          Knob("layers", (1, 3), "linear", "1 for fine-grained sets in the configs"),
+          Knob("heads", (1, 8), "log", "dim must be a multiple")),
+    source="the authors' code (dvl-tum/intra_batch, config/config_cub_train.yaml)",
+    said=dict(dataset="cub", encoder="resnet50", pretrained=True, dim=512, optimizer="adamw", lr=1.5637e-4,
+              weight_decay=6.06e-6, schedule="constant", epochs=70, batch_size=54, sampler="balanced", per_class=9,
+              objective_options=dict(layers=1, heads=2, temperature=.2, auxiliary=1.)),
+    beyond=("RAdam (unconfirmed); AdamW here",
+            "dropout 0.1 in the message passing, a batch norm before the classifier",
+            "random augmentation and erasing", "rate divided by 10 after 30 epochs (unconfirmed)"))
 
 CARDS["contextual_similarity"] = Card(
-    2023, "Liao, Tsiligkaridis, Kulis: Supervised Metric Learning to Rank for Retrieval via Contextual Similarity "
-    "Optimization, ICML 2023",
-    r"\lambda\,\overline{(J_{ij}-[y_i=y_j])^2}+(1-\lambda-\gamma)\,\mathcal L_{\text{margins}}+\gamma(\bar s-s_0)^2",
-    "squared error of neighbourhood overlap + hinges on the cosine + a held mean cosine", "n²d + n³", True,
-    "the terms of positives; those of negatives, and the held mean",
-    (Knob("context_weight", (.1, .8), "linear", "lambda; with mean_weight below 1"),
-     Knob("positive_margin", (.6, .95), "linear", "above negative_margin"),
-     Knob("negative_margin", (.2, .6), "linear", "a cosine that negatives may have"),
-     Knob("neighbours", (3, 8), "linear", "k: keep it equal to per_class")),
-    "the authors' code (Chris210634/metric-learning-using-contextual-similarity, README and main.py)",
-    dict(dataset="cub", pretrained=True, freeze_bn=True, dim=512, optimizer="adamw", lr=8e-5, weight_decay=1e-4,
-         schedule="constant", epochs=80, batch_size=128, sampler="balanced", per_class=4,
-         objective_options=dict(neighbours=4, slack=.05, context_weight=.4, mean_weight=.1, mean_similarity=.25,
-                                positive_margin=.75, negative_margin=.6)), dict(encoder="resnet50"), {},
-    ("the backbone learns at half the rate of the last layer", "rate times 0.3 after 15, 30 and 45 epochs",
-     "42 batches are an epoch; half precision", ADAM))
+    year=2023,
+    paper="Liao, Tsiligkaridis, Kulis: Supervised Metric Learning to Rank for Retrieval via Contextual Similarity "
+          "Optimization, ICML 2023",
+    formula=r"\lambda\,\overline{(J_{ij}-[y_i=y_j])^2}+(1-\lambda-\gamma)\,\mathcal L_{\text{margins}}+\gamma(\bar "
+            r"s-s_0)^2",
+    plain="squared error of neighbourhood overlap + hinges on the cosine + a held mean cosine",
+    cost="n²d + n³", natural=True,
+    split="the terms of positives; those of negatives, and the held mean",
+    tune=(Knob("context_weight", (.1, .8), "linear", "lambda; with mean_weight below 1"),
+          Knob("positive_margin", (.6, .95), "linear", "above negative_margin"),
+          Knob("negative_margin", (.2, .6), "linear", "a cosine that negatives may have"),
+          Knob("neighbours", (3, 8), "linear", "k: keep it equal to per_class")),
+    source="the authors' code (Chris210634/metric-learning-using-contextual-similarity, README and main.py)",
+    said=dict(dataset="cub", pretrained=True, freeze_bn=True, dim=512, optimizer="adamw", lr=8e-5, weight_decay=1e-4,
+              schedule="constant", epochs=80, batch_size=128, sampler="balanced", per_class=4,
+              objective_options=dict(neighbours=4, slack=.05, context_weight=.4, mean_weight=.1, mean_similarity=.25,
+                                     positive_margin=.75, negative_margin=.6)),
+    recalled=dict(encoder="resnet50"),
+    beyond=("the backbone learns at half the rate of the last layer", "rate times 0.3 after 15, 30 and 45 epochs",
+            "42 batches are an epoch; half precision", ADAM))
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c23
 ORDER = sorted(Recipe.model_fields, key=lambda field: not field.startswith("objective")) # the objective first
