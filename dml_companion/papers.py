@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from .objective import catalogue, find, shown_defaults, unknown
-from .objectives import make
+from .objective import Objective, catalogue, find, shown_defaults, unknown
 from .training import Recipe
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c05
@@ -738,9 +737,9 @@ def as_yaml(name: str) -> str: # one field a line, read back by `Recipe.load`
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c29
-def weights(name: str) -> str:
+def weights(cls: type[Objective]) -> str:
     "How many numbers of its own an objective learns, for 100 classes in 128 dimensions."
-    with torch.random.fork_rng(devices=[]): groups = make(name, 100, 128).param_groups()
+    with torch.random.fork_rng(devices=[]): groups = cls(100, 128).param_groups()
     counted = ", ".join(f"{sum(w.numel() for w in group):,} in its {kind}" for kind, group in groups.items())
     return f"{counted}, for 100 classes in 128 dimensions" if counted else "none"
 
@@ -753,16 +752,16 @@ def page(name: str, # of a registered objective
          width: int = 96, # characters a line
         ) -> str:
     "All about an objective, for a terminal; ValueError for an unknown name."
-    c, entry = card(name), catalogue()[name]
+    c, cls, entry = card(name), find(name), catalogue()[name]
     def item(title, text): return fill(f"{title:9s} {text}", width, subsequent_indent=" " * 10, break_on_hyphens=False,
                                        break_long_words=False)
     def items(lines): return [fill(f"- {line}", width, initial_indent="  ", subsequent_indent="    ") for line in lines]
     silent = ", ".join(f"{field}={Recipe.model_fields[field].default}" for field in default_fields(name))
     return "\n".join([
         f"{name}, {entry.family}", item("paper", c.paper), item("formula", c.plain), f"{'LaTeX':9s} {c.formula}",
-        item("cost", f"{c.cost} a step, for n images, d dimensions, K classes"), item("weights", weights(name)),
+        item("cost", f"{c.cost} a step, for n images, d dimensions, K classes"), item("weights", weights(cls)),
         item("parts", f"{'natural' if c.natural else 'stated'}. Tightness and contrast: {c.split}"),
-        item("defaults", shown_defaults(find(name))),
+        item("defaults", shown_defaults(cls)),
         "", "How to tune (ranges are advice, not results)", *items(knob_line(k) for k in c.tune),
         "", fill(f"Recipe, from {c.source}", width), indent(as_yaml(name).rstrip(), "  "),
         *([fill(f"Not stated, so our defaults: {silent}", width)] if silent else []),
