@@ -6,12 +6,12 @@
 __all__ = ['app', 'piped', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', 'PlanWeightsOption', 'FiguresOption',
            'VersionOption', 'CoresOption', 'ClusterOption', 'DryOption', 'COLOURS', 'FolderArgument', 'FileOption',
            'ModelOption', 'EncoderOption', 'WeightsOption', 'SplitOption', 'SkipOption', 'PhotosOption',
-           'NeighboursOption', 'SideOption', 'SetOption', 'RateOption', 'data_app', 'NameArgument', 'SizeOption',
-           'CacheOption', 'DigestOption', 'say', 'give_up', 'make_plan', 'version', 'overview', 'counts', 'status',
-           'reproduce', 'tune', 'own_cores', 'find_cluster', 'preview', 'run_plan', 'place', 'polite_signals', 'report',
-           'line_of', 'bar', 'watch', 'wait', 'in_a_sentence', 'as_split', 'confess', 'embed', 'evaluate', 'some',
-           'scoreboard', 'train', 'report_training', 'as_options', 'search', 'sheet', 'objectives', 'data_list',
-           'data_prepare', 'again_line', 'data_verify', 'job', 'main']
+           'NeighboursOption', 'SideOption', 'SetOption', 'RateOption', 'CardArgument', 'CardOption', 'data_app',
+           'NameArgument', 'SizeOption', 'CacheOption', 'DigestOption', 'say', 'give_up', 'make_plan', 'version',
+           'overview', 'counts', 'status', 'reproduce', 'tune', 'own_cores', 'find_cluster', 'preview', 'run_plan',
+           'place', 'polite_signals', 'report', 'line_of', 'bar', 'watch', 'wait', 'in_a_sentence', 'as_split',
+           'confess', 'embed', 'evaluate', 'some', 'scoreboard', 'train', 'report_training', 'as_options', 'search',
+           'sheet', 'family', 'objectives', 'data_list', 'data_prepare', 'again_line', 'data_verify', 'job', 'main']
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c02
 import os, shlex, signal, sys, time
@@ -428,16 +428,38 @@ def sheet(file: FileOption = "emb.npz",
         say(f"{output}: {min(queries, len(found))} random photographs and their {min(k, len(found) - 1)} nearest")
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c17
-@app.command()
-def objectives() -> None:
-    "The objectives that a recipe can name, with their options."
+CardArgument = Annotated[Optional[str], typer.Argument(metavar="[NAME]", help="All about one: formula, defaults, tuning, published recipe.")]
+CardOption = Annotated[bool, typer.Option("--recipe", help="Only the published recipe of NAME, as YAML that Recipe.load reads.")]
+
+
+def family(cards: dict) -> Table:
+    "Every objective in a line, by family and year."
     from dml_companion.objective import catalogue
-    table = Table(box=None, pad_edge=False)
-    for name in ("name", "family", "options (default)", "paper"): table.add_column(name, overflow="fold")
-    for entry in catalogue().values():
-        options = ", ".join(f"{k} ({v})" for k, v in entry.defaults.items())
-        table.add_row(entry.name, entry.family, options.replace("[", r"\["), entry.paper)
-    out.print(table)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for title in ("name", "family", "paper", "weights", "cost", "parts"): table.add_column(title, overflow="fold")
+    for e in sorted(catalogue().values(), key=lambda e: (e.family, cards[e.name].year, e.name)):
+        paper = e.paper.replace(", a reconstruction", " *")
+        table.add_row(e.name, e.family, paper, e.own[0] if len(e.own) == 1 else "both" if e.own else "-",
+                      cards[e.name].cost.replace(" ", ""), "natural" if cards[e.name].natural else "stated")
+    return table
+
+
+@app.command()
+def objectives(name: CardArgument = None, recipe: CardOption = False) -> None:
+    "The objectives that a recipe can name; with a NAME, all about that one."
+    from importlib import import_module
+    papers = import_module("dml_companion.papers")
+    if name is not None:
+        try: say((papers.as_yaml(name).rstrip() if recipe else papers.page(name)))
+        except ValueError as e: give_up(e)
+        return
+    if recipe: give_up(ValueError("--recipe needs the NAME of an objective, e.g. dml-companion objectives arcface --recipe"))
+    out.print(family(papers.CARDS))
+    say("\nweights: what it learns besides the encoder (both: classifier and proxies, or its base's)\n"
+        "cost:    of a step, for n images, d dimensions, K classes, S vectors a class\n"
+        "parts:   does the paper's formula fall into tightness and contrast by itself, or is our split stated\n"
+        "*        a reconstruction: the paper could not be read in full\n"
+        "More, with defaults, tuning and the published recipe: dml-companion objectives NAME")
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c19
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="See, prepare and verify the data sets.")

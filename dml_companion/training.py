@@ -712,3 +712,16 @@ class Snapshots:
         os.replace(partial, target)
         shutil.rmtree(self.folder)
         return target
+
+# %% ../nbs/01_foundations/05_training.ipynb #c69
+from functools import partial
+
+@partial(setattr, Recipe, "from_paper")       # a definition, not a loose statement: no digest of a run depends on it
+@classmethod
+def _from_paper(cls: type[Recipe],
+                name: str, # of an objective
+                **changes: Any, # fields that shall differ from the paper's; objective_options replace the paper's
+               ) -> Recipe:
+    "The published recipe of an objective; `dml-companion objectives NAME` says what it leaves out. ValueError for a bad name."
+    from importlib import import_module
+    return cls.load({**import_module("dml_companion.papers").fields(name), **changes})

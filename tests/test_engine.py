@@ -447,7 +447,8 @@ def test_help_is_quick_and_leaves_torch_alone():
 
 def test_objectives_are_listed_with_their_options(root, monkeypatch):
     code, out = command_here(root, monkeypatch, "objectives")
-    assert code == 0 and "temperature" in out
+    assert code == 0 and "natural" in out
+    assert "temperature=0.1" in command_here(root, monkeypatch, "objectives", "snca")[1]
     for name in ("cross_entropy", "normalized_softmax", "center", "contrastive", "snca", "multi_similarity", "spce"): assert name in out
 
 

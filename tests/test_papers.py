@@ -1,0 +1,170 @@
+"Cards: one for each objective, recipes that validate and train, and the two commands that show them."
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dml_companion.cli import app
+from dml_companion.objective import catalogue, find, locate, options
+from dml_companion.objectives import make
+from dml_companion.papers import CARDS, SETTINGS, as_yaml, card, default_fields, drawer, fields, page
+from dml_companion.training import Recipe, build_optimizer, parameter_groups
+
+NAMES = sorted(CARDS)
+CLASSES = {name: find(name) for name in NAMES}
+
+
+def command(*words, width=100):
+    done = CliRunner().invoke(app, ["objectives", *words], env={"COLUMNS": str(width)})
+    return done.exit_code, done.output
+
+
+def test_every_objective_has_a_card_and_every_card_an_objective():
+    assert NAMES == sorted(locate())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_agrees_with_its_class(name):
+    c, entry = CARDS[name], catalogue()[name]
+    assert str(c.year) in entry.paper and str(c.year) in c.paper
+    assert all(text.strip() == text and text for text in (c.paper, c.formula, c.plain, c.cost, c.split, c.source))
+    assert "$" not in c.formula and c.formula.count("{") == c.formula.count("}")
+    assert c.tune and c.beyond, "a card without a knob, or a recipe that leaves nothing out, is hard to believe"
+    for knob in c.tune:
+        assert knob.name in options(CLASSES[name]) or knob.name in Recipe.model_fields, knob.name
+        assert knob.scale in ("log", "linear", "choice") and len(knob.values) >= 2 and knob.why
+        if knob.scale != "choice":
+            low, high = knob.values
+            assert low < high and (low > 0 or knob.scale == "linear"), knob
+            default = options(CLASSES[name]).get(knob.name)
+            assert default is None or low <= default <= high, f"{knob.name}: the default {default} is outside the "
+            "advice"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_knobs_turn_to_both_ends(name):
+    points, labels = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) // 4
+    for knob in CARDS[name].tune:
+        if knob.name in options(CLASSES[name]):
+            for value in knob.values: assert CLASSES[name](2, 8, **{knob.name: value})(points, labels).isfinite()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drawers_do_not_overlap(name):
+    c = CARDS[name]
+    drawers = [set(d) - {"objective_options"} for d in (c.said, c.recalled, c.ours)]
+    assert sum(map(len, drawers)) == len(set.union(*drawers)), "one number, two sources"
+    assert set(default_fields(name)) == set(SETTINGS) - set.union(*drawers)
+    assert all(drawer(name, field) == ("" if field in c.said else drawer(name, field)) for field in c.said)
+    assert all(drawer(name, field) for field in {*c.recalled, *c.ours} - {*c.said})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_published_recipe_trains(name):
+    "Its options are accepted and its optimiser moves encoder and weights for two steps, with a finite loss."
+    recipe = Recipe.from_paper(name)
+    assert recipe.objective == name and recipe.epochs > 0
+    torch.manual_seed(0)
+    labels = torch.arange(48) % 8
+    points = torch.eye(8, 20)[labels] + .3 * torch.randn(48, 20)
+    encoder, loss = torch.nn.Linear(20, 16), CLASSES[name](8, 16, **recipe.objective_options)
+    optimizer = build_optimizer(parameter_groups(encoder, loss, recipe), recipe)
+    before = [p.detach().clone() for p in encoder.parameters()]
+    for _ in range(2):
+        value = loss(encoder(points), labels)
+        assert value.isfinite()
+        optimizer.zero_grad(); value.backward(); optimizer.step()
+    assert any((p != b).any() for p, b in zip(encoder.parameters(), before)), "nothing was learned"
+    assert all(p.isfinite().all() for p in [*encoder.parameters(), *loss.parameters()])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_yaml_reads_back_as_the_recipe(name, tmp_path):
+    code, out = command(name, "--recipe")
+    assert code == 0
+    (tmp_path / "recipe.yaml").write_text(out, encoding="utf-8")
+    assert Recipe.load(tmp_path / "recipe.yaml") == Recipe.from_paper(name)
+    unconfirmed = {line.split(":")[0] for line in out.splitlines() if "unconfirmed" in line}
+    assert unconfirmed == {*CARDS[name].recalled} and list(fields(name))[0] == "objective"
+
+
+def test_changes_are_validated_with_the_rest():
+    assert Recipe.from_paper("arcface", dataset="glyphs", dim=64).dim == 64
+    assert Recipe.from_paper("arcface", objective_options=dict(scale=16.)).objective_options == dict(scale=16.)
+    with pytest.raises(ValueError, match="did you mean 'arcface'"): Recipe.from_paper("arkface")
+    with pytest.raises(ValueError, match="did you mean 'lr'"): Recipe.from_paper("arcface", learning_rate=.1)
+    with pytest.raises(ValueError, match="multiple of per_class"): Recipe.from_paper("multi_similarity", batch_size=81)
+    with pytest.raises(ValueError, match="nothing like it|unknown objective"): card("")
+
+
+def test_a_user_needs_one_import():
+    "In a process that has imported nothing else, and without this project's development tools."
+    code = ("import sys; sys.modules['fastcore'] = None\nfrom dml_companion.training import Recipe\n"
+            "assert 'dml_companion.papers' not in sys.modules\nprint(Recipe.from_paper('proxy_anchor').proxy_lr)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "100.0", done.stderr
+
+
+def test_the_list_fits_into_a_hundred_columns():
+    code, out = command()
+    assert code == 0 and max(map(len, out.splitlines())) <= 100
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert set(NAMES) <= set(rows)
+    for name, entry in catalogue().items():
+        paper = entry.paper.replace(", a reconstruction", " *")
+        assert all(word in rows[name] for word in (entry.family, paper, CARDS[name].cost.replace(" ", ""))), rows[name]
+        assert re.search(r"\b(natural|stated)\b", rows[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_shows_the_class_as_it_is(name):
+    code, out = command(name)
+    assert code == 0
+    flat = " ".join(out.split())
+    for option, default in options(CLASSES[name]).items(): assert f"{option}={default!r}" in flat
+    assert CARDS[name].formula in out and f"objectives {name} --recipe" in out
+    prose = [line for line in out.splitlines() if not line.startswith("LaTeX") and not re.match(r"  \w+: ", line)]
+    assert max(map(len, prose)) <= 100
+    assert all(line.strip() in out for line in as_yaml(name).splitlines())
+    assert ("none" in out.split("weights")[1][:12]) == (not list(CLASSES[name](4, 8).parameters()))
+
+
+@pytest.mark.parametrize("words, told", [
+    (("arkface",), "did you mean 'arcface'"), (("ArcFace",), "did you mean 'arcface'"), (("", ),
+    "unknown objective ''"),
+    (("tripplet", "--recipe"), "did you mean 'triplet'"), (("[bold]",), "[bold]"), (("--recipe",), "needs the NAME")])
+def test_nonsense_gets_a_sentence(words, told):
+    code, out = command(*words)
+    assert code == 2 and told in out and "Traceback" not in out
+
+
+README = '''\
+import torch
+from dml_companion.objectives import make
+from dml_companion.retrieval import recall_at_k
+
+encoder = torch.nn.Linear(20, 8)                                # your network
+loss_fn = make("proxy_anchor", num_classes=5, dim=8)            # owns one proxy a class
+optimizer = torch.optim.AdamW([{"params": encoder.parameters(), "lr": 1e-3},
+                               {"params": loss_fn.parameters(), "lr": 1e-1}])     # proxies learn faster
+for step in range(30):                                          # your loader
+    labels = torch.arange(40) % 5
+    images = torch.eye(5, 20)[labels] + .3 * torch.randn(40, 20)
+    loss = loss_fn(encoder(images), labels)                     # as in pytorch-metric-learning
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+print("recall@1:", recall_at_k(encoder(images).detach(), labels, (1,))[1])
+'''
+
+
+def test_the_readme_snippet_learns(capsys):
+    torch.manual_seed(0)
+    space = {}
+    exec(README, space)
+    assert float(capsys.readouterr().out.split()[-1]) > .5
+    fresh = make("proxy_anchor", num_classes=5, dim=8)
+    assert space["loss"] < fresh(torch.nn.Linear(20, 8)(space["images"]), space["labels"])
+
+
