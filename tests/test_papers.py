@@ -141,30 +141,7 @@ def test_nonsense_gets_a_sentence(words, told):
     assert code == 2 and told in out and "Traceback" not in out
 
 
-README = '''\
-import torch
-from dml_companion.objectives import make
-from dml_companion.retrieval import recall_at_k
-
-encoder = torch.nn.Linear(20, 8)                                # your network
-loss_fn = make("proxy_anchor", num_classes=5, dim=8)            # owns one proxy a class
-optimizer = torch.optim.AdamW([{"params": encoder.parameters(), "lr": 1e-3},
-                               {"params": loss_fn.parameters(), "lr": 1e-1}])     # proxies learn faster
-for step in range(30):                                          # your loader
-    labels = torch.arange(40) % 5
-    images = torch.eye(5, 20)[labels] + .3 * torch.randn(40, 20)
-    loss = loss_fn(encoder(images), labels)                     # as in pytorch-metric-learning
-    optimizer.zero_grad(); loss.backward(); optimizer.step()
-print("recall@1:", recall_at_k(encoder(images).detach(), labels, (1,))[1])
-'''
-
-
-def test_the_readme_snippet_learns(capsys):
-    torch.manual_seed(0)
-    space = {}
-    exec(README, space)
-    assert float(capsys.readouterr().out.split()[-1]) > .5
-    fresh = make("proxy_anchor", num_classes=5, dim=8)
+fresh = make("proxy_anchor", num_classes=5, dim=8)
     assert space["loss"] < fresh(torch.nn.Linear(20, 8)(space["images"]), space["labels"])
 
 
