@@ -497,12 +497,13 @@ def manifest(job: Job, root: Path) -> dict:
 
 
 def readable(plan: Plan) -> dict[str, Job]: # name of the reading copy -> job
-    "The notebooks that a reader gets: all that are not training, and the first seed of every row; of a search's trials, none."
-    chosen, rows = {}, set()
+    "The notebooks that a reader gets: all that are not training, and the first seed of every row; of trials and varied rows, none."
+    chosen, rows, every = {}, set(), {job.row for job in plan.jobs}
     for job in plan.jobs:
         name = stem = Path(job.notebook).stem
         if job.kind == "train":
-            if job.row in rows or job.parameters.get("evaluate_on") == "validation": continue
+            varied = any(job.row == f"{row}_{field}{value}" for row in every for field, value in job.recipe.items()) # as `with_variants` names them
+            if varied or job.row in rows or job.parameters.get("evaluate_on") == "validation": continue
             rows.add(job.row); name = f"{stem}-{job.row}-s{job.seed}"
         while name in chosen: name += "-again"
         chosen[name] = job

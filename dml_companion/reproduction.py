@@ -655,12 +655,13 @@ STYLE = {name: dict(label=label, color=color, marker=marker) for name, label, co
     ("raw_pixels", "raw pixels", "#999999", "x"), ("untrained", "untrained encoder", "#999999", "+"))}
 
 
-def style_of(row: str) -> dict: # keywords for `plot`: label, color, marker
-    "Colour, marker and label of a row; the longest known beginning of its name decides, grey for strangers."
-    known = [name for name in STYLE if row == name or row.startswith(name + "_")]
-    if not known: return dict(label=row.replace("_", " "), color="#666666", marker=".")
-    best = STYLE[max(known, key=len)]
-    return best if row in STYLE else best | {"label": row.replace("_", " ")}
+def style_of(row: str) -> dict: # keywords for `plot`: label, color, marker, mfc, ls
+    "Look of a row: the longest known beginning of its name decides, grey for strangers; hollow marks, dashed lines with the norm layer."
+    known = max((name for name in STYLE if row == name or row.startswith(name + "_")), key=len, default=None)
+    look = {"color": "#666666", "marker": ".", **STYLE.get(known, {})}
+    if row != known: look["label"] = f"{look['label']} + norm" if row == f"{known}_norm" else row.replace("_", " ")
+    layer = re.search(r"_norm(_|$)", row)
+    return look | ({"mfc": "white", "ls": "--"} if layer else {"mfc": look["color"], "ls": "-"})
 
 
 def use_house_style() -> None:

@@ -410,6 +410,15 @@ def test_reading_copies_hold_no_folders_progress_bars_or_kernel_chatter(tmp_path
     assert E.clean_output(data, secrets) == {"output_type": "display_data", "data": {"text/plain": "~/x"}, "metadata": {}}
 
 
+def test_readers_get_the_first_seed_of_a_row_and_no_varied_rows_or_trials():
+    def job(kind, **more): return P.Job(id="x", kind=kind, title="x", notebook=f"nbs/{kind}.ipynb", output="x", log="x", **{"parameters": {}, **more})
+    varied = [job("train", row="a_dim8", seed=0, recipe={"dim": 8}), job("train", row="a_lr0.5", seed=0, recipe={"dim": 4, "lr": .5})]
+    own = [job("train", row=row, seed=seed, recipe={"dim": 8}) for row in ("a", "a_dim4", "b_dim8") for seed in (0, 1)] # named like variants, and none
+    trial = job("train", row="a_t0", seed=0, recipe={"t": 0}, parameters={"evaluate_on": "validation"})
+    plan = P.Plan(profile="p", jobs=[*varied, *own, trial, job("table")], device="cpu", gpus=0, runs_per_gpu=1, threads=1, figures="f")
+    assert list(E.readable(plan)) == ["train-a-s0", "train-a_dim4-s0", "train-b_dim8-s0", "table"]
+
+
 def test_prose_may_change_without_running_again(root):
     source = root / "nbs/alone.ipynb"
     E.execute("nbs/alone.ipynb", "ran.ipynb", {"x": 3}, root)

@@ -20,7 +20,7 @@ def rows_of(path):
 
 
 def test_the_reference_is_there():
-    assert {"quick", "glyphs", "omniglot", "tune_glyphs"} <= {p.name for p in REFERENCE}
+    assert {"quick", "glyphs", "omniglot", "sweeps", "tune_glyphs"} <= {p.name for p in REFERENCE}
     for name, seeds in (("glyphs", 5), ("omniglot", 5)):
         for row in ("cross_entropy", "snca_norm"): assert len({r.seed for r in load_records(ROOT / "figures" / name) if r.row == row}) == seeds
 
@@ -81,6 +81,21 @@ def test_claims_about_retrieval_are_recounted_from_the_records(folder):
         found = claims_of(folder)[id]
         assert (found.cases, found.violations) == (4, sum(mean - half > 0 for mean, half in gaps))
         assert found.worst == pytest.approx(max(mean for mean, _ in gaps), abs=1e-12)
+
+
+def test_turns_are_recounted_from_the_records():
+    score = {}
+    for r in load_records(ROOT / "figures/sweeps"): score.setdefault(r.row, {})[r.seed] = r.metrics["cosine/recall@1"]
+    profile, turns, cases = load_profile("sweeps"), [], 0
+    bases = [row for row in score if f"{row}_dim16" in score]
+    assert len(bases) == 8 and all(len(v) == 3 for v in score.values()) and set(score) == set(profile.rows)
+    for axis, values in profile.vary.items():
+        for row in set(bases) - {"cross_entropy"}:
+            gaps = [mean_interval([score[row + end][s] - score["cross_entropy" + end][s] for s in range(3)]) for end in ("", *(f"_{axis}{v}" for v in values))]
+            cases += 1
+            if any(m - h > 0 for m, h in gaps) and any(m + h < 0 for m, h in gaps): turns.append((axis, row))
+    (found,) = load_claims(ROOT / "figures/sweeps")
+    assert (found.id, found.cases, found.violations) == ("31.3", cases, len(turns))
 
 
 @pytest.mark.parametrize("folder", CLAIMED, ids=names)
