@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Bend', 'GUARDS', 'logit_gradient', 'logit_rule', 'softmax_parts', 'torch_smoothing', 'uniform_mass', 'CrossEntropy',
-           'NormalizedSoftmax', 'SoftmaxLoss', 'check_between', 'check_count', 'check_width', 'UnitProxies',
-           'ModifiedSoftmax', 'bent_softmax', 'MarginSoftmax', 'CosFace', 'arc_margin', 'ArcFace', 'sphere_margin',
-           'SphereFace', 'SubCenterArcFace']
+           'NormalizedSoftmax', 'SoftmaxLoss', 'check_between', 'check_count', 'check_switch', 'check_vectors',
+           'check_width', 'UnitProxies', 'ModifiedSoftmax', 'bent_softmax', 'MarginSoftmax', 'CosFace', 'arc_margin',
+           'ArcFace', 'sphere_margin', 'SphereFace', 'SubCenterArcFace']
 
 # %% ../../nbs/03_objectives/22_classification.ipynb #c02
 from functools import partial
@@ -111,7 +111,13 @@ class SoftmaxLoss(CrossEntropy):
     "`cross_entropy` as face recognition means it: no bias, hard labels; free lengths of embeddings and weights."
     def __init__(self, num_classes: int | None = None, dim: int | None = None, *, # both required: it owns a classifier
                  bias: bool = False): # one number a class besides the vector
+        check_vectors("SoftmaxLoss", num_classes, dim); check_switch(bias=bias)
         super().__init__(num_classes, dim, bias=bias)
+
+    def logits(self, embeddings: Tensor) -> Tensor: # (n, K)
+        "Scores of all classes; ValueError for embeddings of another dimension."
+        check_width(embeddings, self.dim)
+        return super().logits(embeddings)
 
 # %% ../../nbs/03_objectives/22_classification.ipynb #c30
 def check_between(low: float, high: float, # inclusive limits
@@ -122,18 +128,31 @@ def check_between(low: float, high: float, # inclusive limits
         if not (isinstance(value, Real) and low <= value <= high):
             raise ValueError(f"{name} must be a number from {low:.4g} to {high:.4g}, got {value!r}: {remedy}")
 
-def check_count(**values: int) -> None:
-    "ValueError for any of the named values that is not a whole number of at least 1."
+def check_count(least: int = 1, /, # the smallest number accepted
+                **values: int) -> None:
+    "ValueError for any of the named values that is not a whole number of at least `least`."
     for name, value in values.items():
-        if not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}: round it, or use 1")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}: "
+                             f"round it, or use {least}")
+
+def check_switch(**values: bool) -> None:
+    "ValueError for any of the named values that is neither True nor False."
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}: any word, 'no' too, would count as yes")
+
+def check_vectors(name: str, # of the objective, for the message
+                  num_classes: int | None, dim: int | None) -> None: # both must be given, as whole numbers
+    "ValueError if an objective that owns one vector a class was not told, in whole numbers, how many and how long."
+    check_sizes(name, num_classes, dim); check_count(num_classes=num_classes, dim=dim)
 
 def check_width(rows: Tensor, # (n, d)
-                dim: int) -> None: # d of the proxies
-    "ValueError for embeddings of another dimension than the proxies."
+                dim: int) -> None: # d that the objective was made for
+    "ValueError for embeddings of another dimension than the objective's own vectors."
     if rows.shape[1] != dim:
-        raise ValueError(f"embeddings have {rows.shape[1]} columns, but the proxies were made with dim={dim}: "
-                         f"build the objective with dim={rows.shape[1]}")
+        raise ValueError(f"embeddings have {rows.shape[1]} columns, but the objective was made with dim={dim}: "
+                         f"build it with dim={rows.shape[1]}")
 
 class UnitProxies(Objective):
     "One unit vector a class (`weight`), or several (`centers`); a subclass defines `split`."
@@ -141,7 +160,7 @@ class UnitProxies(Objective):
     def __init__(self, num_classes: int | None, dim: int | None, # both required
                  per_class: int | None = None): # None: `weight` (K, d), else `centers` (K, per_class, d)
         super().__init__(num_classes, dim)
-        check_sizes(type(self).__name__, num_classes, dim)
+        check_vectors(type(self).__name__, num_classes, dim)
         rows = unit_rows(torch.randn(num_classes * (per_class or 1), dim))       # directions uniform on the sphere
         if per_class is None: self.weight = nn.Parameter(rows)
         else: self.centers = nn.Parameter(rows.view(num_classes, per_class, dim))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from ..geometry import pair_masks
-from .classification import softmax_parts
+from .classification import (check_between, check_count, check_switch, check_vectors, check_width,
+                                                 softmax_parts)
 from .pairwise import lonely, own_class_sizes
 from ..objective import (LinearClassifier, Objective, Parts, check_choice, check_fraction, check_labels,
                                      check_positive, register, unit_rows)
@@ -63,11 +64,11 @@ class GroupLoss(LinearClassifier):
                  auxiliary: float = 1., # weight of the plain cross-entropy; 0: none
                  self_pairs: bool = False, # a sample supports itself, as in the code
                  bias: bool = True): # of the classifier
+        check_vectors("GroupLoss", num_classes, dim); check_switch(self_pairs=self_pairs, bias=bias)
+        check_count(steps=steps); check_count(0, anchors=anchors); check_positive(temperature=temperature)
+        check_choice(("first", "confident"), choose=choose)
+        check_between(0, 1e6, "0 leaves the plain cross-entropy out", auxiliary=auxiliary)
         super().__init__(num_classes, dim, bias)
-        check_positive(steps=steps, temperature=temperature); check_choice(("first", "confident"), choose=choose)
-        if int(steps) != steps or int(anchors) != anchors or anchors < 0 or auxiliary < 0:
-            raise ValueError("steps must be a whole number >= 1, anchors a whole number >= 0, auxiliary >= 0; "
-                             f"got {steps}, {anchors}, {auxiliary}")
         self.anchors, self.choose, self.steps, self.temperature = anchors, choose, steps, temperature
         self.auxiliary, self.self_pairs = auxiliary, self_pairs
 
@@ -79,7 +80,7 @@ class GroupLoss(LinearClassifier):
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "The vote's own-class term and its log-sum-exp, over samples that are no anchors."
-        check_labels(labels, self.num_classes)
+        check_labels(labels, self.num_classes); check_width(embeddings, self.dim)
         logits = self.logits(embeddings)
         log_x = (logits / self.temperature).log_softmax(1)
         anchors = self.certain(labels, log_x)
@@ -103,7 +104,9 @@ class MessagePassing(nn.Module):
     def __init__(self, dim: int, # d, a multiple of heads
                  heads: int): # attention heads
         super().__init__()
-        if dim % heads: raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}")
+        if dim % heads:
+            raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}: each head takes an equal share of "
+                             "the columns, so use heads=1 or a divisor of dim")
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         self.widen, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -135,9 +138,10 @@ class IntraBatchLoss(LinearClassifier):
                  auxiliary: float = 1., # weight of the cross-entropy of the embeddings themselves
                  label_smoothing: float = .1, # of both, torch's convention
                  bias: bool = True): # of the classifier of refined embeddings
+        check_vectors("IntraBatchLoss", num_classes, dim); check_switch(bias=bias); check_count(layers=layers, heads=heads)
+        check_positive(temperature=temperature); check_fraction(label_smoothing=label_smoothing)
+        check_between(0, 1e6, "0 leaves the second classifier out", auxiliary=auxiliary)
         super().__init__(num_classes, dim, bias)
-        check_positive(layers=layers, heads=heads, temperature=temperature); check_fraction(label_smoothing=label_smoothing)
-        if auxiliary < 0: raise ValueError(f"auxiliary must be at least 0, got {auxiliary}")
         self.heads, self.temperature, self.auxiliary, self.label_smoothing = heads, temperature, auxiliary, label_smoothing
         self.layers = nn.ModuleList(MessagePassing(dim, heads) for _ in range(layers))
         self.plain = nn.Parameter(torch.zeros(num_classes, dim))
@@ -149,6 +153,7 @@ class IntraBatchLoss(LinearClassifier):
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "Minus the target's logit, and the log-sum-exp, of both classifiers."
+        check_width(embeddings, self.dim)
         refined = softmax_parts(self.logits(self.refine(embeddings)) / self.temperature, labels, self.label_smoothing)
         direct = F.linear(embeddings, self.plain.to(embeddings.dtype)) / self.temperature
         plain = softmax_parts(direct, labels, self.label_smoothing)
@@ -203,10 +208,14 @@ class ContextualSimilarityLoss(Objective):
                  negative_margin: float = .6, # negatives less similar than this are left alone
                  step: str = "straight_through"): # how the count is differentiated, or "sigmoid"
         super().__init__(num_classes, dim)
-        check_choice(STEPS, step=step); check_fraction(context_weight=context_weight, mean_weight=mean_weight)
-        if neighbours < 1 or slack < 0 or context_weight + mean_weight > 1:
-            raise ValueError("neighbours must be >= 1, slack >= 0, context_weight + mean_weight at most 1; "
-                             f"got {neighbours}, {slack}, {context_weight} + {mean_weight}")
+        check_choice(STEPS, step=step); check_count(neighbours=neighbours)
+        check_between(0, 4, "it is added to a squared distance of unit vectors", slack=slack)
+        check_between(0, 1, "what is left of 1 weighs the margins", context_weight=context_weight, mean_weight=mean_weight)
+        check_between(-1, 1, "it is a cosine", mean_similarity=mean_similarity, positive_margin=positive_margin,
+                      negative_margin=negative_margin)
+        if context_weight + mean_weight > 1:
+            raise ValueError(f"context_weight + mean_weight must be at most 1, got {context_weight} + {mean_weight}: "
+                             "make one of them smaller, since the margins weigh what is left")
         self.neighbours, self.slack, self.step = neighbours, slack, step
         self.context_weight, self.mean_weight, self.mean_similarity = context_weight, mean_weight, mean_similarity
         self.positive_margin, self.negative_margin = positive_margin, negative_margin

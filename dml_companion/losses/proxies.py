@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from .classification import (UnitProxies, check_between, check_count, check_width, logit_rule,
-                                                 softmax_parts)
+from .classification import (UnitProxies, check_between, check_count, check_switch,
+                                                 check_width, logit_rule, softmax_parts)
 from ..objective import Gradient, Parts, check_labels, check_positive, closed_form, register, unit_rows
 
 # %% ../../nbs/03_objectives/23_proxies.ipynb #c07
@@ -44,7 +44,7 @@ class ProxyNCA(UnitProxies):
                  scale: float = 9., # tau, factor of squared distances: both vectors times 3
                  normalize: bool = True): # unit sphere for embeddings and proxies; without, there is no lower bound
         super().__init__(num_classes, dim)
-        check_positive(scale=scale)
+        check_positive(scale=scale); check_switch(normalize=normalize)
         self.scale, self.normalize = scale, normalize
 
     def affinities(self, embeddings: Tensor) -> tuple[Tensor, Tensor]: # (n, K) tau (|z|^2 - |z-p|^2); () mean tau |z|^2
