@@ -255,7 +255,12 @@ def test_smooth_step_is_differentiated_exactly():
     ("intra_batch", dict(auxiliary=-1), ["auxiliary", "-1"]),
     ("contextual_similarity", dict(neighbours=0), ["neighbours", "0"]), ("contextual_similarity", dict(slack=-.1), ["slack", "-0.1"]),
     ("contextual_similarity", dict(context_weight=.8, mean_weight=.3), ["at most 1", "0.8 + 0.3"]),
-    ("contextual_similarity", dict(step="hard"), ["step 'hard'", "sigmoid"])])
+    ("contextual_similarity", dict(step="hard"), ["step 'hard'", "sigmoid"]),
+    ("contextual_similarity", dict(slack=float("nan")), ["slack", "nan", "0 to 4"]),
+    ("contextual_similarity", dict(mean_similarity=2), ["mean_similarity", "2", "cosine"]),
+    ("group_loss", dict(anchors=float("nan")), ["anchors", "nan", "at least 0"]),
+    ("group_loss", dict(auxiliary=float("nan")), ["auxiliary", "nan", "0 leaves"]),
+    ("intra_batch", dict(layers=1.5), ["layers", "1.5", "whole"]), ("intra_batch", dict(heads=3), ["heads=1", "divisor"])])
 def test_options_out_of_range(name, options, words):
     with pytest.raises(ValueError) as e: objectives.make(name, K, D, **options)
     for word in words: assert word in str(e.value)

@@ -136,10 +136,41 @@ def test_memory_follows_the_steps():
 @pytest.mark.parametrize("options, words", [
     (dict(), ["dim", "None"]), (dict(dim=4, pairs="contrastiv"), ["contrastiv'", "did you mean 'contrastive'"]),
     (dict(dim=4, size=0), ["size", "0"]), (dict(dim=4, warmup=-1), ["warmup", "-1"]),
-    (dict(dim=4, memory_weight=0), ["memory_weight"]), (dict(dim=4, margin=-1.), ["margin", "-1"])])
+    (dict(dim=4, warmup=1.5), ["warmup", "1.5", "whole"]), (dict(dim=4, warmup="x"), ["warmup", "'x'"]),
+    (dict(dim=2.5), ["dim", "2.5"]), (dict(dim=4, pairs="multi_similarity", threshold=float("nan")), ["threshold", "nan", "cosine"]),
+    (dict(dim=4, pairs="snca", temperature="x"), ["temperature", "'x'"]),
+    (dict(dim=4, memory_weight=0), ["memory_weight"]), (dict(dim=4, margin=-1.5), ["margin", "-1.5", "-1 to 1"])])
 def test_memory_refuses(options, words):
     with pytest.raises(ValueError) as e: CrossBatchMemory(**options)
     for word in words: assert word in str(e.value)
+
+
+def test_a_margin_of_zero_is_a_cosine():
+    z, y = batch()
+    loss = CrossBatchMemory(dim=4, margin=0.)
+    assert loss(z, y) == across(partial(contrastive_across, margin=0.), unit_rows(z), y).total
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_a_batch_of_nan_leaves_the_next_ones_alone(name):
+    loss, (z, y), (r, yr) = CrossBatchMemory(dim=4, size=20, warmup=0, pairs=name).double(), batch(6), batch(6, seed=1)
+    bad = r.clone()
+    bad[[0, 3]], bad[4, 1] = torch.nan, torch.inf
+    alone = loss.eval()(z, y)
+    assert loss.train()(torch.full_like(r, torch.nan), yr).isnan() and len(loss.queue) == 6
+    assert loss.eval()(z, y) == alone                            # six stored rows, of nobody
+    loss.train()(bad, yr)
+    leaf, kept = z.clone().requires_grad_(), [1, 2, 5]
+    value = loss.eval()(leaf, y)
+    want = alone + across(ACROSS[name], unit_rows(z), y, unit_rows(r[kept]), yr[kept]).total
+    assert_close(value, want, rtol=0, atol=1e-12)
+    assert torch.autograd.grad(value, leaf)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [CrossBatchMemory(dim=4, warmup=9), CrossBatchMemory(dim=4, warmup=0), ChunkedCrossEntropy(3, 4)])
+def test_embeddings_of_another_dimension(loss):
+    if isinstance(loss, CrossBatchMemory): loss(*batch(dtype=torch.float32))
+    with pytest.raises(ValueError, match="5 columns.*dim=4.*dim=5"): loss(torch.ones(2, 5), torch.arange(2))
 
 
 def test_memory_refuses_an_option_of_another_loss():

@@ -1,6 +1,8 @@
 """Objectives: double loops and pytorch-metric-learning as oracles, the contract for poor batches, names and options."""
 import subprocess, sys
-from math import exp, log
+from importlib import import_module
+from itertools import product
+from math import exp, log, nan
 from pathlib import Path
 
 import pytest, torch
@@ -278,19 +280,25 @@ def poor_batches(dtype):
     return {"one sample a class": (x[:5], torch.arange(5)), "all labels equal": (x, torch.zeros(6).long()),
             "one sample": (x[:1], torch.tensor([2])), "coincident": (torch.ones_like(x), twos),
             "coincident classes": (x[[0, 0, 1, 1, 2, 2]], torch.tensor([0, 0, 1, 1, 1, 2])),
+            "antipodal positives": (torch.stack([x[:3], -x[:3]], 1).flatten(0, 1), twos),
+            "antipodal negatives": (torch.cat([x[:3], -x[:3]]), twos),
             "zero vectors": (torch.zeros_like(x), twos), "two equal": (torch.ones_like(x[:2]), torch.zeros(2).long()),
             "tiny": (x * 1e-6, twos), "large": (x * 1e3, twos)}
+
+
+HALVES = {torch.float32: [torch.bfloat16, torch.float16], torch.float64: [torch.bfloat16], # autocast, by what comes in
+          torch.bfloat16: [torch.bfloat16], torch.float16: [torch.float16]}
 
 
 @pytest.mark.parametrize("name, settings_", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_poor_batches_are_finite(name, settings_, dtype):
     loss = objectives.make(name, K, D, **settings_)
-    for case, (x, y) in poor_batches(dtype).items():
+    for half, (case, (x, y)) in product(HALVES[dtype], poor_batches(dtype).items()):
         if case == "tiny" and dtype == torch.float16: continue      # a slope of a million does not fit float16
         if case == "large" and dtype == torch.float16 and name == "spce": continue     # nor does 1,000 / lam
         x = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", half):
             parts = loss.parts(x, y)
             grads = gradients(parts, x)                          # the backward pass under autocast too
         for part, grad in zip(parts, grads):
@@ -356,12 +364,44 @@ def test_order_and_names_do_not_matter(name, settings_, data):
 
 
 @pytest.mark.parametrize("name, settings_", VARIANTS)
-def test_half_precision_batches_are_computed_in_float32(name, settings_):
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_batches_are_computed_in_float32(name, settings_, half):
     skip_special("repeat", name, settings_)
-    z, y = batch(16, dtype=torch.bfloat16)
+    z, y = batch(16, dtype=half)
     loss = objectives.make(name, K, D, **settings_).eval()
-    with torch.autocast("cpu", torch.bfloat16): inside = loss.parts(z, y)
+    with torch.autocast("cpu", half): inside = loss.parts(z, y)
     assert tuple(inside) == tuple(loss.parts(z.float(), y))
+
+
+ANGLES = ["contextual_similarity", "contrastive", "danml", "mined_triplet", "multi_similarity", "snca", "spce"]
+
+
+def turned(loss, turn):
+    "The objective for embeddings that are turned: whatever reads their coordinates is turned along, and what writes them."
+    with torch.no_grad():
+        for name, w in loss.named_parameters():
+            if name.endswith(("out.weight", "narrow.weight")): w.copy_(turn.T @ w)
+            elif w.ndim == 2 or name.endswith(("out.bias", "narrow.bias")): w.copy_(w @ turn)
+    return loss
+
+
+@PROPERTY
+@given(st.sampled_from([*ANGLES, "group_loss", "intra_batch"]), st.integers(0, 10**6))
+def test_rotations_and_lengths(name, seed):
+    "The angular ones know no axes and no lengths; correlations and layer norms see each mean, and their logits the length."
+    Z, y = batch(10, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    def rotation(d): return torch.linalg.qr(torch.randn(d, d, generator=g, dtype=Z.dtype))[0]
+    loss, turn = objectives.make(name, K, D).double(), rotation(D)
+    with torch.no_grad():
+        for w in loss.parameters():
+            if w.ndim == 2: w.copy_(torch.randn(w.shape, generator=g, dtype=w.dtype))
+    if name not in ANGLES:                                       # keep the axis (1, ..., 1), turn what is across it
+        axes = torch.linalg.qr(torch.cat([torch.ones(D, 1).double(), torch.randn(D, D - 1, generator=g, dtype=Z.dtype)], 1))[0]
+        turn = axes @ torch.block_diag(torch.ones(1, 1).double(), rotation(D - 1)) @ axes.T
+    before, longer = tuple(loss.parts(Z, y)), loss(Z * (torch.rand(10, 1, generator=g, dtype=Z.dtype) + .5), y)
+    assert_close(tuple(turned(loss, turn).parts(Z @ turn, y)), before, rtol=1e-9, atol=1e-9)
+    assert (abs(longer - sum(before)) <= 1e-9 * (1 + abs(longer))) == (name in ANGLES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -516,6 +556,59 @@ def test_every_option_changes_the_loss(name):
 def test_errors_say_what_to_do(call, words):
     with pytest.raises(ValueError) as e: call()
     for word in words: assert word in str(e.value)
+
+
+# Options that still take a value they should refuse, or refuse it in other words.
+FROZEN, BEFORE_22, OF_24 = "finished runs are named by this code", "in 20 or 21b, before 22 and its checks", "in 24"
+LAX = {("center", "bias"): FROZEN, ("center", "normalize"): FROZEN, ("cross_entropy", "bias"): FROZEN,
+       **{("contrastive", o): FROZEN for o in ("positive_margin", "squared", "normalize")},
+       **{("multi_similarity", o): FROZEN for o in ("threshold", "mining", "self_pairs", "normalize")},
+       **{(n, o): FROZEN for n in ("snca", "spce") for o in ("self_pairs", "normalize")},
+       ("circle", "detach"): BEFORE_22, ("margin", "num_samples"): BEFORE_22,
+       **{(n, "squared"): BEFORE_22 for n in ("triplet", "quadruplet", "mined_triplet")},
+       **{(n, "normalize"): BEFORE_22 for n in ("triplet", "quadruplet", "mined_triplet", "lifted", "generalized_lifted",
+                                                "margin", "n_pair", "snr")},
+       **{("danml", o): OF_24 for o in ("near", "far", "normalize")},
+       **{("regularised", o): OF_24 for o in ("base", "base_options", "centres")}}
+TABLE = protocol.catalogue()
+
+
+def made(name, *sizes, **given):
+    "As `objectives.make`, which reads every module's source each time."
+    module, cls = TABLE[name].path.split(":")
+    return getattr(import_module(module), cls)(*sizes, **given)
+
+
+def wrong_values(default):
+    "Not a number, a word, and a float where a whole number or a switch belongs."
+    return ["x", nan] + ([1.] if isinstance(default, bool) else [default + .5] if isinstance(default, int) else [])
+
+
+@pytest.mark.parametrize("name, option", [pytest.param(n, o, id=f"{n}-{o}") for n, e in TABLE.items() for o in e.defaults])
+def test_no_option_takes_a_value_of_another_kind(name, option):
+    if why := LAX.get((name, option)): pytest.skip(why)
+    for value in wrong_values(TABLE[name].defaults[option]):
+        with pytest.raises(ValueError) as e: made(name, K, D, **{option: value})
+        assert option in str(e.value) and repr(value) in str(e.value)
+
+
+OWNERS = [n for n, e in TABLE.items() if e.own and n != "margin"]          # margin owns distances, no vectors
+TORCHS = {"center", "cross_entropy", "normalized_softmax", "regularised"}  # FROZEN; the last hands over to its base
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_embeddings_of_another_dimension_are_refused(name):
+    for width in (1, D - 1, D + 1):
+        with pytest.raises(RuntimeError if name in TORCHS else ValueError) as e:
+            made(name, K, D)(torch.ones(4, width), torch.tensor([0, 0, 1, 1]))
+        if name not in TORCHS: assert f"{width} columns" in str(e.value) and f"dim={D}" in str(e.value) and f"dim={width}" in str(e.value)
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_sizes_are_whole_numbers(name):
+    for sizes in ((2.5, D), (-1, D), (K, 2.5), (K, -1), ("x", D), (K, nan)):
+        with pytest.raises((TypeError, RuntimeError) if name in TORCHS else ValueError) as e: made(name, *sizes)
+        if name not in TORCHS: assert ("num_classes" if sizes[1] == D else "dim") in str(e.value) and "whole number of at least 1" in str(e.value)
 
 
 def test_known_names_come_nearest_first():

@@ -7,7 +7,9 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from dml_companion import objectives
-from dml_companion.losses.virtual import GENERATORS, ALMNLoss, first_pairs, n_pair_table, virtual_cosine
+from dml_companion.losses import ranking
+from dml_companion.losses.ranking import first_pairs
+from dml_companion.losses.virtual import GENERATORS, ALMNLoss, virtual_cosine
 from dml_companion.objective import Parts, unit_rows
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -32,7 +34,8 @@ def point(x, p, beta, generator):
     if generator == "unit_chord": return v / v.norm()
     if generator == "slerp":
         theta = (x @ p).clamp(-1, 1).arccos()
-        return ((-beta * theta).sin() * x + ((1 + beta) * theta).sin() * p) / theta.sin()
+        k = int((1 + beta) * theta / pi)                         # half turns: past the antipode it goes on falling
+        return (-1) ** k * ((-beta * theta).sin() * x + ((1 + beta) * theta).sin() * p) / theta.sin() - 2 * k * x
     return v
 
 
@@ -55,9 +58,12 @@ def loops(x, y, beta=.5, generator="chord", temperature=.1, pairs="all", stop_gr
 
 @pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize("seed", range(3))
-def test_values_and_gradients_equal_the_loops(options, seed):
+@pytest.mark.parametrize("offset", [3., 0.], ids=["near", "past the antipode"])
+def test_values_and_gradients_equal_the_loops(options, seed, offset):
     z, y = batch(seed=seed, classes=[4, 2, 7][seed])
-    z = z + 3.                                                   # all angles below 90 degrees: no slerp past the antipode
+    z = z + offset                                               # with 3 all angles are below 90 degrees
+    past = (unit_rows(z) @ unit_rows(z).T)[y[:, None] == y].clamp(-1, 1).arccos() * (1 + options.get("beta", .5)) > pi
+    if offset or options.get("beta") == 1.: assert past.any() == (not offset)
     a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
     ours, plain = objectives.make("almn", **options).parts(a, y), loops(b, y, **options)
     assert_close(tuple(ours), tuple(plain), rtol=1e-10, atol=1e-10)
@@ -110,7 +116,7 @@ def test_a_virtual_point_is_where_it_should_be(generator, theta, beta):
     phi, slope, share = (t.item() for t in virtual_cosine(s, beta, generator))
     assert phi <= s + 1e-9 and slope >= -1e-9
     turn = (1 + beta) * theta
-    if generator == "slerp" and turn < pi: assert abs(phi - cos(turn)) < 1e-6
+    if generator == "slerp": assert abs(phi - (-1) ** int(turn / pi) * cos(turn) + 2 * int(turn / pi)) < 1e-6
     if generator != "slerp" and .01 < theta < pi - .01:
         x, p = torch.tensor([[1., 0.], [cos(theta), sin(theta)]], dtype=torch.float64)
         v = point(x, p, beta, generator)
@@ -148,12 +154,20 @@ def test_pairs(labels):
     y = torch.tensor(labels)
     rows = {k: [i for i, l in enumerate(labels) if l == k] for k in labels}
     wanted = {tuple(r[:2]) for r in rows.values() if len(r) > 1}
-    anchors, others = first_pairs(y)
-    assert set(zip(anchors.tolist(), others.tolist())) == wanted
-    a, p, N = n_pair_table(y, "all")
-    pairs = {(i, j) for i in range(len(y)) for j in range(len(y)) if i != j and labels[i] == labels[j]}
-    assert set(zip(a.tolist(), p.tolist())) == (pairs if len(rows) > 1 else set())
-    assert N.equal(y[:, None] != y)
+    anchors, others, real = first_pairs(y)
+    assert set(zip(anchors[real].tolist(), others[real].tolist())) == wanted
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_the_fixed_shapes_of_a_gpu_give_the_same(options, monkeypatch):
+    z, y = batch(16, seed=4)
+    loss, results = objectives.make("almn", **options), []
+    for look in (True, False):
+        monkeypatch.setattr(ranking, "may_look", lambda x: look)
+        for labels in (y, y * 0, torch.arange(16)):
+            parts = loss.parts(leaf := z.clone().requires_grad_(), labels)
+            results.append([*parts, *(torch.autograd.grad(p, leaf, retain_graph=True)[0] for p in parts)])
+    for plain, fixed in zip(results[:3], results[3:]): assert_close(plain, fixed, rtol=1e-11, atol=1e-12)
 
 
 def poor_batches(dtype):
@@ -227,6 +241,7 @@ def test_counts_and_training():
     (lambda: objectives.make("almn", generator="arc"), ["generator 'arc'", "slerp"]),
     (lambda: objectives.make("almn", pairs="some"), ["pairs 'some'", "first"]),
     (lambda: objectives.make("almn", temperature=0), ["temperature", "> 0"]),
+    (lambda: objectives.make("almn", stop_gradient="yes"), ["stop_gradient", "'yes'", "True or False"]),
     (lambda: objectives.make("almn", generator="slerp", normalize=False), ["'slerp'", "normalize=True", "'chord'"]),
 ])
 def test_errors_say_what_to_do(call, words):
