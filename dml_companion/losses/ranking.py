@@ -243,9 +243,11 @@ def check_mined(mined: tuple[Tensor, ...], # what a miner returned
     "ValueError unless these are index tensors of triplets or pairs; the range is looked at on a CPU only."
     wanted = ("mined must be three int64 index tensors (anchors, positives, negatives) or four (anchors, positives, "
               "anchors, negatives), as miner(embeddings, labels) and miner.pairs(embeddings, labels) return them")
-    if not isinstance(mined, (tuple, list)) or len(mined) not in (3, 4): raise ValueError(f"{wanted}, got {mined!r:.80}")
+    if not isinstance(mined, (tuple, list)) or len(mined) not in (3, 4):
+        raise ValueError(f"{wanted}, got {type(mined).__name__}{f' of {len(mined)}' if hasattr(mined, '__len__') else ''}")
     for i in mined:
-        if not (isinstance(i, Tensor) and i.ndim == 1 and i.dtype == torch.int64): raise ValueError(f"{wanted}, got {i!r:.80} in it")
+        if not isinstance(i, Tensor): raise ValueError(f"{wanted}, got {type(i).__name__} among them")
+        if i.ndim != 1 or i.dtype != torch.int64: raise ValueError(f"{wanted}, got {i.dtype} of shape {tuple(i.shape)} among them")
     sizes = [len(i) for i in mined]
     if sizes[0] != sizes[1] or sizes[-1] != sizes[-2 if len(mined) == 4 else 0]:
         raise ValueError(f"{wanted}: each kind of equal length, got {sizes}")
