@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 from ..geometry import centre
-from .pairwise import (ContrastiveLoss, MultiSimilarityLoss, anchor_weights, distance_table, lonely, own_class_sizes,
-                                           soft_rows)
-from .ranking import (MarginLoss, QuadrupletLoss, SNRLoss, TripletLoss, check_mined, pair_counts, per_square, ratio_pull,
-                                          tally, without_mean)
+from .pairwise import (ContrastiveLoss, MultiSimilarityLoss, anchor_weights, distance_table, lonely,
+                                           own_class_sizes, soft_rows)
+from .ranking import (MarginLoss, QuadrupletLoss, SNRLoss, TripletLoss, check_mined, pair_counts,
+                                          per_square, ratio_pull, tally, without_mean)
 from ..mining import MINERS, Miner, Order, Table, Triplets, below, class_order, compare, make_miner
 from ..objective import (Objective, Parts, check_choice, check_positive, closed_form, find, options, register,
                                      similarity_gradient, unit_rows)
@@ -107,7 +107,8 @@ def weighted_hinges(reach: Tensor, # (n, n) distance past the margin
                    ) -> tuple[Tensor, Tensor]: # value (), |slope| in the squared distance (n, n)
     "`pairwise.hinges` with weights."
     reach = reach.relu()
-    counts = {"anchor": lambda: reach.new_full((), len(reach)), "pair": weights.sum, "nonzero": lambda: (weights * reach.sign()).sum()}
+    counts = {"anchor": lambda: reach.new_full((), len(reach)), "pair": weights.sum,
+              "nonzero": lambda: (weights * reach.sign()).sum()}
     weights = weights / counts[reduction]().clamp_min(1)
     return (weights * reach ** power).sum(), weights * (reach if power == 2 else reach.sign() / 2) / distances
 
@@ -117,8 +118,9 @@ def mined_contrastive(loss: ContrastiveLoss, embeddings: Tensor, labels: Tensor,
         a, power = z - centre(z), 2 if loss.squared else 1
         distances = distance_table(a)
         steep = distances.masked_fill(distances == 0, torch.inf)
-        tightness, tight = weighted_hinges(distances - loss.positive_margin, choice.near.to(z), steep, power, loss.reduction)
-        contrast, spread = weighted_hinges(loss.margin - distances, choice.far.to(z), steep, power, loss.reduction)
+        far, near, how = distances - loss.positive_margin, loss.margin - distances, (steep, power, loss.reduction)
+        tightness, tight = weighted_hinges(far, choice.near.to(z), *how)
+        contrast, spread = weighted_hinges(near, choice.far.to(z), *how)
         return tightness, contrast, sided_gradient, (a, tight, -spread)
     return closed_form(unit_rows(embeddings) if loss.normalize else embeddings, rule)
 
@@ -142,10 +144,10 @@ def mined_multi_similarity(loss: MultiSimilarityLoss, embeddings: Tensor, labels
 
 # %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c18
 def hinges_of(values: Tensor, # (n, n) how far j is from i
-              near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], # rows and columns (t,) of what is pulled and pushed
+              near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], # (t,) rows and columns: pulled, pushed
               valid: Tensor, # (t,) bool
               margin: float, reduction: str, # mean over the "nonzero" hinges, or over "all" valid
-             ) -> tuple[Tensor, Tensor, Tensor]: # constant of the contrast (), slopes of both kinds in the values (n, n), >= 0
+             ) -> tuple[Tensor, Tensor, Tensor]: # constant of the contrast (), slopes of both kinds (n, n), >= 0
     "Hinges of a pulled pair against a pushed one, as a constant and two tables."
     active = valid & (values[near] - values[far] + margin > 0)
     w = active.to(values.dtype) / (active if reduction == "nonzero" else valid).sum().clamp_min(1)
@@ -189,7 +191,8 @@ def mined_snr(loss: SNRLoss, embeddings: Tensor, labels: Tensor, choice: Choice)
         pulled, pushed = (near * values).sum(1), (far * values).sum(1)
         slopes = near * inverse[:, None], torch.zeros_like(near), far * -inverse[:, None]
         every = torch.arange(n, device=c.device).expand(n, n)
-        return pulled.sum(), constant - pushed.sum(), ratio_pull, (points, every, *slopes, c, -pulled * inverse, pushed * inverse)
+        own = -pulled * inverse, pushed * inverse
+        return pulled.sum(), constant - pushed.sum(), ratio_pull, (points, every, *slopes, c, *own)
     x = unit_rows(embeddings) if loss.normalize else embeddings
     T, C = closed_form(without_mean(x), rule)
     return Parts(T + loss.mean_weight * x.sum(1).abs().mean(), C)
@@ -208,14 +211,16 @@ def base_of(base: str | Objective, given: dict[str, Any] | None, # its name and 
     if name not in BASES:
         raise ValueError(f"base must be a loss of pairs or triplets that a miner can choose ({', '.join(BASES)}), got "
                          f"{type(base).__name__ if built else repr(base)}: for the others train without a miner")
-    if built and given: raise ValueError(f"base_options={given} go with a name, but base is a built {type(base).__name__}: set them there")
+    if built and given:
+        raise ValueError(f"base_options={given} go with a name, but base is a built {type(base).__name__}: set them there")
     loss = base if built else find(name, given or {})(num_classes, dim, **(given or {}))
     if name == "snr" and loss.form != "triplet": raise ValueError(f"a mined snr needs form='triplet', got {loss.form!r}")
     if name == "multi_similarity" and loss.mining is not None:
         raise ValueError(f"multi_similarity mines by itself with mining={loss.mining}: leave that or the miner out")
     return name, loss
 
-def miner_of(miner: str | Miner | None, given: dict[str, Any] | None) -> Miner | None: # a name and its options, or a built miner
+def miner_of(miner: str | Miner | None, given: dict[str, Any] | None, # a name and its options, or a built miner
+            ) -> Miner | None:
     "A miner, or None if its choice will be told."
     if isinstance(miner, str): return make_miner(miner, **(given or {}))
     if given: raise ValueError(f"miner_options={given} go with the name of a miner, got miner={miner!r}")
@@ -225,13 +230,13 @@ def miner_of(miner: str | Miner | None, given: dict[str, Any] | None) -> Miner |
 # %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c21
 @register("mined", "ranking", "Wu et al. 2017", own=("proxies",))
 class Mined(Objective):
-    "A loss of pairs or triplets on what a miner chose, called as `loss(embeddings, labels)` or `loss(embeddings, labels, mined)`."
+    "A loss of pairs or triplets on what a miner chose: `loss(embeddings, labels)`, or `loss(embeddings, labels, mined)`."
     def __init__(self, num_classes: int | None = None, dim: int | None = None, *, # as the base needs them
                  base: str | Objective = "margin", # one of BASES, or a built objective
                  base_options: dict[str, Any] | None = None, # its options, if it is a name
-                 miner: str | Miner | None = "distance_weighted", # one of mining.MINERS, a miner, or None: told, or all pairs
+                 miner: str | Miner | None = "distance_weighted", # one of mining.MINERS, a miner, or None: told, or all
                  miner_options: dict[str, Any] | None = None, # its options, if it is a name
-                 pairs: bool = False): # take the miner's pairs, each once, not its triplets: for the multi-similarity miner
+                 pairs: bool = False): # take the miner's pairs, each once, not its triplets (for multi_similarity)
         super().__init__(num_classes, dim)
         self.base, self.objective = base_of(base, base_options, num_classes, dim)
         self.chooser = miner_of(miner, miner_options)
@@ -243,8 +248,8 @@ class Mined(Objective):
     def fits(self, triplets: Triplets | None) -> None:
         "ValueError if the base needs triplets and there are none."
         if triplets is None and self.base in OF_TRIPLETS:
-            raise ValueError(f"{self.base} is made of triplets, but these are pairs: take miner(embeddings, labels), not miner.pairs, "
-                             "and leave pairs=False")
+            raise ValueError(f"{self.base} is made of triplets, but these are pairs: take miner(embeddings, labels), "
+                             "not miner.pairs, and leave pairs=False")
 
     def parts(self, embeddings: Tensor, labels: Tensor, # as for any objective
               mined: tuple[Tensor, ...] | None = None, # index tensors of triplets or pairs; None: ask the miner
@@ -253,7 +258,7 @@ class Mined(Objective):
         self.given = None if mined is None else told(mined, len(embeddings))
         return super().parts(embeddings, labels)
 
-    def forward(self, embeddings: Tensor, labels: Tensor, mined: tuple[Tensor, ...] | None = None) -> Tensor: # () the loss
+    def forward(self, embeddings: Tensor, labels: Tensor, mined: tuple[Tensor, ...] | None = None) -> Tensor: # ()
         "Tightness + contrast; `mined` as for `parts`."
         return self.parts(embeddings, labels, mined).total
 

@@ -244,16 +244,18 @@ def check_mined(mined: tuple[Tensor, ...], # what a miner returned
     wanted = ("mined must be three int64 index tensors (anchors, positives, negatives) or four (anchors, positives, "
               "anchors, negatives), as miner(embeddings, labels) and miner.pairs(embeddings, labels) return them")
     if not isinstance(mined, (tuple, list)) or len(mined) not in (3, 4):
-        raise ValueError(f"{wanted}, got {type(mined).__name__}{f' of {len(mined)}' if hasattr(mined, '__len__') else ''}")
+        raise ValueError(f"{wanted}, got {f'{len(mined)} of them' if isinstance(mined, (tuple, list)) else repr(mined)}")
     for i in mined:
         if not isinstance(i, Tensor): raise ValueError(f"{wanted}, got {type(i).__name__} among them")
-        if i.ndim != 1 or i.dtype != torch.int64: raise ValueError(f"{wanted}, got {i.dtype} of shape {tuple(i.shape)} among them")
+        if i.ndim != 1 or i.dtype != torch.int64:
+            raise ValueError(f"{wanted}, got {i.dtype} of shape {tuple(i.shape)} among them")
     sizes = [len(i) for i in mined]
     if sizes[0] != sizes[1] or sizes[-1] != sizes[-2 if len(mined) == 4 else 0]:
         raise ValueError(f"{wanted}: each kind of equal length, got {sizes}")
     for i in mined:
         if may_look(i) and len(i) and not 0 <= i.min() <= i.max() < n:
-            raise ValueError(f"mined indices reach from {i.min()} to {i.max()}, but the batch has {n} rows: mine this very batch")
+            raise ValueError(f"mined indices reach from {i.min()} to {i.max()}, but the batch has {n} rows: "
+                             "mine this very batch")
     return tuple(mined)
 
 def tally(rows: Tensor, columns: Tensor, # (t,) indices below n
@@ -355,7 +357,7 @@ class MarginLoss(PairLoss):
         if mined is not None: self.take(pair_counts(check_mined(mined, n), n), len(mined) == 4)
         return super().parts(embeddings, labels)
 
-    def forward(self, embeddings: Tensor, labels: Tensor, mined: tuple[Tensor, ...] | None = None) -> Tensor: # () the loss
+    def forward(self, embeddings: Tensor, labels: Tensor, mined: tuple[Tensor, ...] | None = None) -> Tensor: # ()
         "Tightness + contrast; `mined` as for `parts`."
         return self.parts(embeddings, labels, mined).total
 
