@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEW', 'MINERS', 'Triplets', 'triplet_terms', 'Order', 'class_order', 'kth_positive', 'kth_negative', 'Table',
-           'compare', 'positive_slots', 'draw', 'Pairs', 'PairWeights', 'tally', 'Miner', 'below', 'UniformMiner',
-           'one_each', 'to_positives', 'to_negatives', 'or_else', 'HardMiner', 'SoftHardMiner', 'nearest_beyond',
-           'every_pair', 'SemiHardMiner', 'WindowMiner', 'windows', 'AllSemiHardMiner', 'log_inverse_density',
-           'NegativeSampler', 'DistanceWeightedMiner', 'RhoDistanceMiner', 'MultiSimilarityMiner', 'BinMiner', 'PADS',
-           'make_miner']
+           'compare', 'positive_slots', 'draw', 'Pairs', 'PairWeights', 'Miner', 'below', 'UniformMiner', 'one_each',
+           'to_positives', 'to_negatives', 'or_else', 'HardMiner', 'SoftHardMiner', 'nearest_beyond', 'every_pair',
+           'SemiHardMiner', 'WindowMiner', 'windows', 'AllSemiHardMiner', 'log_inverse_density', 'NegativeSampler',
+           'DistanceWeightedMiner', 'RhoDistanceMiner', 'MultiSimilarityMiner', 'BinMiner', 'PADS', 'make_miner']
 
 # %% ../nbs/03_objectives/21_mining.ipynb #c02
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from .geometry import centre, pair_masks, safe_sqrt
 from .losses.pairwise import distance_table, lonely, ms_pairs, own_class_sizes
+from .losses.ranking import tally
 from .objective import check_batch, check_fraction, check_positive, options, unit_rows, unknown
 
 # %% ../nbs/03_objectives/21_mining.ipynb #c05
@@ -117,11 +117,7 @@ class PairWeights(NamedTuple):
     mined: Tensor # () int64, triplets chosen
     active: Tensor # () int64, those with a loss
 
-def tally(rows: Tensor, columns: Tensor, # (t,) indices below n
-          weights: Tensor, # (t,) float
-          n: int) -> Tensor: # (n, n)
-    "Sum the weights at each place of a table."
-    return weights.new_zeros(n * n).index_add_(0, rows * n + columns, weights).view(n, n)
+
 
 # %% ../nbs/03_objectives/21_mining.ipynb #c18
 class Miner:

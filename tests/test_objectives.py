@@ -494,9 +494,9 @@ def test_batch_classes_numbers_without_gaps(labels):
 # ---------------------------------------------------------------- names, options, protocol
 
 def every_option():
-    "OTHER with the ranking losses, whose module imports this one."
-    import test_ranking
-    return OTHER | test_ranking.OTHER
+    "OTHER with the ranking losses, whose module imports this one, and what is put behind a miner."
+    import test_mining, test_ranking
+    return OTHER | test_ranking.OTHER | test_mining.OTHER
 
 
 def test_catalogue_and_static_location_agree():

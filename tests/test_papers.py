@@ -66,11 +66,12 @@ def test_drawers_do_not_overlap(name):
 def test_the_published_recipe_trains(name):
     "Its options are accepted and its optimiser moves encoder and weights for two steps, with a finite loss."
     recipe = Recipe.from_paper(name)
-    assert recipe.objective == name and recipe.epochs > 0
+    behind = recipe.objective == "mined" != name                               # a loss that its authors showed mined triplets only
+    assert (recipe.objective_options["base"] if behind else recipe.objective) == name and recipe.epochs > 0
     torch.manual_seed(0)
     labels = torch.arange(48) % 8
     points = torch.eye(8, 20)[labels] + .3 * torch.randn(48, 20)
-    encoder, loss = torch.nn.Linear(20, 16), CLASSES[name](8, 16, **recipe.objective_options)
+    encoder, loss = torch.nn.Linear(20, 16), make(recipe.objective, 8, 16, **recipe.objective_options)
     optimizer = build_optimizer(parameter_groups(encoder, loss, recipe), recipe)
     before = [p.detach().clone() for p in encoder.parameters()]
     for _ in range(2):

