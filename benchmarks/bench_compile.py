@@ -41,7 +41,8 @@ def measure(label: str, size: int) -> dict:
     torch._dynamo.reset()
     try:
         plain, compiled = value_and_slope(loss, z, y), value_and_slope(torch.compile(loss, backend="aot_eager"), z, y)
-        row["equal"] = "yes" if all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, compiled)) else "no"
+        equal = all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, compiled))
+        row["equal"] = "yes" if equal else "no"
     except Exception as e:
         row["equal"], row["why"] = "fails", row["why"] or first_line(f"{type(e).__name__}: {e}")
     return row
@@ -52,8 +53,10 @@ def markdown(table) -> str:
     show = lambda v: "" if v != v or v is None else f"{v:g}"
     whole = int((table.breaks == 0).sum())
     return "\n\n".join([
-        "# torch.compile", f"{whole} of {len(table)} forwards are one graph without a break; {(table.equal == 'yes').sum()} of "
-        f"{len(table)} give the same value and gradient when compiled. B = {table.batch.iloc[0]}, on a CPU.",
+        "# torch.compile",
+        f"{whole} of {len(table)} forwards are one graph without a break; "
+        f"{(table.equal == 'yes').sum()} of {len(table)} give the same value and gradient when compiled. "
+        f"B = {table.batch.iloc[0]}, on a CPU.",
         pipe_table(["objective", "graphs", "breaks", "equal", "first reason"],
                    [[r.objective, show(r.graphs), show(r.breaks), r.equal, r.why] for r in table.itertuples()]),
         "Breaks by `torch._dynamo.explain`; equal: value and gradient of the plain and of the compiled objective "

@@ -5,8 +5,8 @@ Two floors for losses over pairs of a (B, D) batch:
   normalisation, masks, exponentials or autograd. The target, within 2x at B >= 512, is against this one.
 - `autograd`: the similarity matrix of normalised embeddings and its backward pass by torch from a given gradient, which
   takes three products because autograd does not know that the matrix is symmetric.
-For classification and proxies with C vectors: Z @ W.T, G @ W and G.T @ Z (three products; W needs its gradient too); C is
-three or ten times the classes for sub-centres and SoftTriple. A regulariser adds two products among the class centres.
+For classification and proxies with C vectors: Z @ W.T, G @ W and G.T @ Z (three products; W needs its gradient too); C
+is three or ten times the classes for sub-centres and SoftTriple. A regulariser adds two products among the centres.
 """
 import statistics
 import time
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import available_bytes, grid, interleaved, machine_lines, pipe_table, ratio, write_text
-from benchmarks.contenders import CLASSES, CLASSIFICATION, CONTENDERS, DIM, EXEMPT, PADS, PAIRWISE, PANELS
+from benchmarks.contenders import CLASSES, CLASSIFICATION, CONTENDERS, DIM, EXEMPT, LIMITS, PADS, PAIRWISE, PANELS
 from benchmarks.contenders import make_batch, make_peers, peer_bytes, step
 
 SIZES, PATIENCE, FEW = (128, 512, 1024, 4096), 5., 3             # B; seconds a step from which a peer gets few rounds
-TARGET, TARGET_FROM, PEERS_AT = 2., 512, 512                      # times the floor, from which B; B of the targets on peers
-PEER_TARGETS = {"lifted": 500, "triplet, all semi-hard": 10, "margin, distance-weighted": 10, "multi-similarity, mined": 3,
-                "circle": 1, "SoftTriple, no regulariser": 1}     # every other peer: never slower, so 1 as well
+TARGET, TARGET_FROM, PEERS_AT = 2., 512, 512                     # times the floor, from which B; B of peers' targets
+PEER_TARGETS = {"lifted": 500, "triplet, all semi-hard": 10, "margin, distance-weighted": 10,
+                "multi-similarity, mined": 3, "circle": 1, "SoftTriple, no regulariser": 1}  # all others 1: never slower
 
 
 def floors(z: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -69,7 +69,7 @@ def measure(size: int, seconds: float) -> tuple[list[dict], int]:
     z, y = make_batch(size)
     peers, room = make_peers(), .7 * available_bytes()
     wanted = {c.peer for c in CONTENDERS.values() if c.peer in peers}
-    large = {peer for peer in wanted if peer_bytes(peer, size) > room}
+    large = {peer for peer in wanted if size > LIMITS.get(peer, size) or peer_bytes(peer, size) > room}
     contenders = floors(z, y)
     for label, c in CONTENDERS.items(): contenders[f"ours {label}"] = step(c.make(), z, y)
     for peer in sorted(wanted - large): contenders[f"peer {peer}"] = step(peers[peer], z, y)
@@ -102,7 +102,8 @@ def targets(table) -> "pd.DataFrame": # objective, kind, batch, target, measured
     import pandas as pd
     def line(label, kind, batch, target, value, below):
         known = value is not None and value == value
-        verdict = "not measured" if not known else "met" if (value <= target if below else value >= target) else "not met"
+        good = known and (value <= target if below else value >= target)
+        verdict = "met" if good else "not met" if known else "not measured"
         return dict(objective=label, kind=kind, batch=batch, target=target, measured=value, verdict=verdict, why="")
     rows = []
     for label, c in CONTENDERS.items():
@@ -125,7 +126,7 @@ def promises(found) -> str:
                        [[r.objective, f"{r.target:g}", show(r.measured), r.verdict] for r in peers.itertuples()])
     rows = []
     for label, mine in floor.groupby("objective", sort=False):
-        verdicts = ", ".join(f"{r.verdict} at {r.batch:g}" if r.batch == r.batch else r.verdict for r in mine.itertuples())
+        verdicts = ", ".join(f"{r.verdict} at {r.batch:g}" for r in mine.itertuples())
         if (mine.verdict == mine.verdict.iloc[0]).all(): verdicts = mine.verdict.iloc[0]
         rows.append([label, ", ".join(filter(None, map(show, mine.measured))), verdicts, mine.why.iloc[0]])
     batches = ", ".join(f"{b:g}" for b in sorted(floor.batch.dropna().unique()))
@@ -143,22 +144,27 @@ def markdown(table, rounds: dict[int, int]) -> str:
         f"D = {DIM}, float32, classes of four; classification over {CLASSES:,} classes.",
         promises(targets(table)),
         "**Milliseconds, median**\n\n" + grid(table, "ours_ms"),
-        "**Times the floor (pairs: two matrix products; classification and proxies: three)**\n\n" + grid(table, "times_floor"),
+        "**Times the floor (pairs: two matrix products; classification and proxies: three)**\n\n"
+        + grid(table, "times_floor"),
         "**The same from the quickest run of each, the least disturbed**\n\n" + grid(table, "best_times_floor"),
-        "**Times torch's own similarity matrix, normalised, and its backward pass**\n\n" + grid(table, "times_autograd"),
+        "**Times torch's own similarity matrix, normalised, and its backward pass**\n\n"
+        + grid(table, "times_autograd"),
         f"**How many times longer the peer takes{peer_of}**\n\n"
         + grid(table[table.peer_state != "none"], "peer_times_ours", say("peer_times_ours")),
-        "*too large*: the peer enumerates triplets, or positive pairs times negative pairs, and was not started because these "
-        "tables would not fit into 0.7 of the memory that was free. Floors are bare products on ready matrices: no "
-        "normalisation, no masks, no autograd. All contenders run in one process, one after the other in each round, in random "
-        f"order; ratios are medians over rounds of ratios within a round. A peer that takes more than {PATIENCE:g} s a step gets "
-        f"{FEW} rounds of its own, and its ratio is one of medians. Rounds: "
-        + ", ".join(f"{r} at B = {b}" for b, r in rounds.items()) + ". `margin, distance-weighted` is our miner in front of margin "
-        "hinges: the registered `margin` takes all pairs.",
+        "*too large*: the peer enumerates triplets, or positive pairs times negative pairs, and was not started: its "
+        "tables would not fit into 0.7 of the free memory, or it is beyond its limit ("
+        + ", ".join(f"{peer}: {b}" for peer, b in LIMITS.items()) + ").\n\nFloors are bare products on ready matrices: "
+        "no normalisation, no masks, no autograd. All contenders run in one process, one after the other in each round, "
+        "in random order; ratios are medians over rounds of ratios within a round. A peer that takes more than "
+        f"{PATIENCE:g} s a step gets {FEW} rounds of its own, and its ratio is one of medians. Rounds: "
+        + ", ".join(f"{r} at B = {b}" for b, r in rounds.items())
+        + ". `margin, distance-weighted` is our miner in front of margin hinges: "
+        "the registered `margin` takes all pairs.",
         "\n".join(machine_lines())])
 
 
-COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"), "osD^vPX*<>"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vPX*<>"
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
@@ -187,17 +193,19 @@ def draw(table):
             colour, last = COLOURS[i % len(COLOURS)], np.log10(rows.times_floor.iloc[-1])
             ax.plot(rows.batch, np.log10(rows.times_floor), color=colour, marker=MARKERS[i % len(MARKERS)],
                     ls=("-", "--")[i // len(COLOURS)], ms=4, lw=1.2)
-            ax.annotate(label, (rows.batch.iloc[-1], last), (1.06, end), textcoords=ax.get_yaxis_transform(), color=colour,
-                        size=8, va="center", annotation_clip=False,
+            ax.annotate(label, (rows.batch.iloc[-1], last), (1.06, end), textcoords=ax.get_yaxis_transform(),
+                        color=colour, size=8, va="center", annotation_clip=False,
                         arrowprops=dict(arrowstyle="-", color=colour, lw=.4, shrinkA=0, shrinkB=3))
-        ax.axhline(0, color="grey", lw=.8, zorder=0); ax.axhline(np.log10(TARGET), color="grey", lw=.8, ls="--", zorder=0)
+        ax.axhline(0, color="grey", lw=.8, zorder=0)
+        ax.axhline(np.log10(TARGET), color="grey", lw=.8, ls="--", zorder=0)
         ax.set(title=title, xscale="log")
         ax.set_xticks(batches, [f"{b:,}" for b in batches]); ax.minorticks_off()
     ticks = [t for t in (.01, .03, .1, .3, 1, 3, 10, 30, 100, 300) if low - .3 < np.log10(t) < high + .3]
     axes[0, 0].set_yticks(np.log10(ticks), [f"{t:g}" for t in ticks]); axes[0, 0].set_ylim(low - .1, high + .1)
     for ax in axes[-1]: ax.set_xlabel("batch size B")
     for ax in axes[:, 0]: ax.set_ylabel("time / matrix products")
-    fig.text(0, -.03, f"Forward + backward, D = {DIM}, float32, medians. Solid grey: the products alone; dashed: the target.", size=8)
+    note = f"Forward + backward, D = {DIM}, float32, medians. Solid grey: the products alone; dashed: the target."
+    fig.text(0, -.03, note, size=8)
     return fig
 
 

@@ -1,9 +1,9 @@
 """Peak memory of forward + backward for every loss over a batch, each in a process of its own, against 4 GB.
 
-The verdict is on resident memory: the process's high-water mark less what it held before the step (torch, the batch, the
-weights), so that work spaces of libraries and what the allocator keeps count too. The high-water mark is Linux's VmHWM,
-which starts anew with each program; `resource.getrusage` would hand down the parent's, and serves only where there is no
-/proc. What torch itself allocated, by its profiler, stands beside it.
+The verdict is on resident memory: the process's high-water mark less what it held before the step (torch, the batch,
+the weights), so that work spaces of libraries and what the allocator keeps count too. The high-water mark is Linux's
+VmHWM, which starts anew with each program; `resource.getrusage` would hand down the parent's, and serves only where there is
+no /proc. What torch itself allocated, by its profiler, stands beside it.
 """
 import json
 import subprocess
@@ -71,10 +71,11 @@ def markdown(table) -> str:
             for r in table.sort_values("resident_gb", ascending=False, na_position="first").itertuples()]
     from benchmarks.contenders import DIM
     return "\n\n".join([
-        "# Peak memory, forward + backward", f"B = {table.batch.iloc[0]:,}, D = {DIM}, float32; target: at most {LIMIT_GB:g} GB.",
+        "# Peak memory, forward + backward",
+        f"B = {table.batch.iloc[0]:,}, D = {DIM}, float32; target: at most {LIMIT_GB:g} GB.",
         pipe_table(["objective", "resident, GB", "torch's allocations, GB", "verdict", "why"], rows),
-        "Each loss in a process of its own. Resident: the high-water mark less what the process held before the step; the "
-        "verdict is on it. Beside it what torch's profiler saw allocated at once.", "\n".join(machine_lines())])
+        "Each loss in a process of its own. Resident: the high-water mark less what the process held before the step; "
+        "the verdict is on it. Beside it what torch's profiler saw allocated at once.", "\n".join(machine_lines())])
 
 
 def main(out_folder: str | Path = "figures/bench", # csv and md go here

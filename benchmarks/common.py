@@ -51,7 +51,8 @@ def grid(table: "pd.DataFrame", # columns objective, batch and the one to show
     text = {(r["objective"], r["batch"]): say(r) if say else "" if r[column] != r[column] or r[column] is None
             else f"{r[column]:.2f}" for _, r in table.iterrows()}
     names = [n for n in dict.fromkeys(table.objective) if any(text.get((n, b)) for b in batches)]
-    return pipe_table(["objective", *(f"B = {b}" for b in batches)], [[n, *(text.get((n, b), "") for b in batches)] for n in names])
+    rows = [[n, *(text.get((n, b), "") for b in batches)] for n in names]
+    return pipe_table(["objective", *(f"B = {b}" for b in batches)], rows)
 
 
 def machine_lines() -> list[str]:

@@ -11,8 +11,8 @@ from dml_companion.geometry import normalize
 from dml_companion.mining import DistanceWeightedMiner
 
 DIM, CLASSES, PER_CLASS = 512, 1024, 4
-PANELS = {"pairs": "Pairs", "hinges": "Triplets and hinges", "lists": "Lists and histograms", "classes": "Classification",
-          "proxies": "Proxies and centres", "context": "Contextual"}
+PANELS = {"pairs": "Pairs", "hinges": "Triplets and hinges", "lists": "Lists and histograms",
+          "classes": "Classification", "proxies": "Proxies and centres", "context": "Contextual"}
 EXEMPT = {
     "histogram": "sorts the cosines of all pairs into bins, a scatter and no product",
     "contextual similarity": "compares neighbourhoods of neighbourhoods: products of (B, B) matrices",
@@ -38,7 +38,7 @@ class Contender(NamedTuple):
 
 
 class MinedMargin(torch.nn.Module):
-    "Margin hinges on what our distance-weighted miner drew; the registered `margin` takes all pairs, which is another loss."
+    "Margin hinges on what our distance-weighted miner drew; the registered `margin` takes all pairs: another loss."
     name = "margin on mined triplets"
     def __init__(self, margin: float = .2, beta: float = 1.2):
         super().__init__()
@@ -58,7 +58,8 @@ def classes(name, peer=None, centers=1, panel="classes", **options):
 
 CONTENDERS = {
     "contrastive": Contender("contrastive", "pairs"),
-    "contrastive, plain hinges": Contender("contrastive", "pairs", dict(squared=False, reduction="nonzero"), "contrastive"),
+    "contrastive, plain hinges": Contender("contrastive", "pairs", dict(squared=False, reduction="nonzero"),
+                                           "contrastive"),
     "SNCA": Contender("snca", "pairs", {}, "snca"),
     "multi-similarity": Contender("multi_similarity", "pairs", {}, "ms"),
     "multi-similarity, mined": Contender("multi_similarity", "pairs", dict(mining=.1), "ms mined"),
@@ -68,12 +69,14 @@ CONTENDERS = {
     "triplet, squared": Contender("triplet", "hinges"),
     "triplet, plain": Contender("triplet", "hinges", dict(squared=False), "triplet"),
     "triplet, semi-hard nearest": Contender("mined_triplet", "hinges"),
-    "triplet, all semi-hard": Contender("mined_triplet", "hinges", dict(miner="semihard_all", squared=False), "semihard"),
+    "triplet, all semi-hard": Contender("mined_triplet", "hinges", dict(miner="semihard_all", squared=False),
+                                        "semihard"),
     "margin, all pairs": Contender("margin", "hinges", {}, "margin"),
     "margin, distance-weighted": Contender(MinedMargin.name, "hinges", {}, "margin mined"),
     "quadruplet": Contender("quadruplet", "hinges"),
     "SNR, triplet": Contender("snr", "hinges"),
-    "SNR, contrastive": Contender("snr", "lists", dict(form="contrastive", margin=1., mean_weight=0., normalize=True), "snr"),
+    "SNR, contrastive": Contender("snr", "lists", dict(form="contrastive", margin=1., mean_weight=0., normalize=True),
+                                  "snr"),
     "lifted": Contender("lifted", "lists", {}, "lifted"),
     "lifted, generalised": Contender("generalized_lifted", "lists", {}, "generalized_lifted"),
     "N-pair": Contender("n_pair", "lists"),
@@ -113,7 +116,7 @@ class LinearCrossEntropy(torch.nn.Module):
 
 
 def make_peers() -> dict[str, Callable]:
-    "pytorch-metric-learning under the settings where it means the same (the tests compare values); torch's own without it."
+    "pytorch-metric-learning under the settings where it means the same (tests compare values); torch's own without it."
     own = {"linear": LinearCrossEntropy(), "linear, no bias": LinearCrossEntropy(bias=False)}
     try: from pytorch_metric_learning import distances, losses, miners
     except ImportError: return own
@@ -144,14 +147,16 @@ def make_peers() -> dict[str, Callable]:
         "soft_triple": losses.SoftTripleLoss(*faces, centers_per_class=10, la=20, gamma=.1, margin=.01)}
 
 
+# Largest B of the peers that grow like B^3.
+LIMITS = {"lifted": 512, "histogram": 512, "triplet": 1024, "semihard": 1024, "margin": 1024}
+
 def peer_bytes(peer: str, # one of make_peers()
                size: int, # B
               ) -> int: # what its largest tensors take together, roughly; 0 if none grows like B^3
-    "The peers that enumerate triplets, or positive pairs times negative pairs: whether to run them is decided beforehand."
+    "What peers need that enumerate triplets, or positive pairs times negative pairs: decided before they are run."
     triplets = size * (PER_CLASS - 1) * (size - PER_CLASS)
-    if peer == "lifted": return 26 * size * triplets             # a float four times and some masks, for each pair of pairs
-    if peer in ("triplet", "semihard", "margin", "histogram"):   # B^3 integers while that fits 32 bits, three index tensors
-        return (9 * size**3 if size**3 < 2**31 else 0) + 100 * triplets
+    if peer == "lifted": return 26 * size * triplets         # a few floats and masks for each pair of pairs
+    if peer in LIMITS: return 3 * size**3 + 100 * triplets  # masks of B^3; three index tensors and what follows
     return 0
 
 

@@ -586,7 +586,7 @@ def test_benchmark_writes_its_files(tmp_path, monkeypatch):
     pytest.importorskip("pandas"), pytest.importorskip("matplotlib"), pytest.importorskip("pytorch_metric_learning")
     from benchmarks.bench_losses import main, targets
     from benchmarks.contenders import CONTENDERS, EXEMPT, PANELS
-    assert {c.name for c in CONTENDERS.values()} >= set(locate()) and {c.panel for c in CONTENDERS.values()} == set(PANELS)
+    assert {c.name for c in CONTENDERS.values()} >= set(protocol.locate()) and {c.panel for c in CONTENDERS.values()} == set(PANELS)
     threads = torch.get_num_threads()
     main(tmp_path, sizes=(16, 32), threads=1, seconds=.01)
     assert torch.get_num_threads() == threads
