@@ -23,7 +23,7 @@ from benchmarks.contenders import make_batch, make_peers, peer_bytes, step
 SIZES, PATIENCE, FEW = (128, 512, 1024, 4096), 5., 3             # B; seconds a step from which a peer gets few rounds
 TARGET, TARGET_FROM, PEERS_AT = 2., 512, 512                     # times the floor, from which B; B of peers' targets
 PEER_TARGETS = {"lifted": 500, "triplet, all semi-hard": 10, "margin, distance-weighted": 10,
-                "multi-similarity, mined": 3, "circle": 1, "SoftTriple, no regulariser": 1}  # all others 1: never slower
+                "multi-similarity, mined": 3, "circle": 1, "SoftTriple, no regulariser": 1}  # others: never slower
 
 
 def floors(z: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -154,8 +154,8 @@ def markdown(table, rounds: dict[int, int]) -> str:
         "*too large*: the peer enumerates triplets, or positive pairs times negative pairs, and was not started: its "
         "tables would not fit into 0.7 of the free memory, or it is beyond its limit ("
         + ", ".join(f"{peer}: {b}" for peer, b in LIMITS.items()) + ").\n\nFloors are bare products on ready matrices: "
-        "no normalisation, no masks, no autograd. All contenders run in one process, one after the other in each round, "
-        "in random order; ratios are medians over rounds of ratios within a round. A peer that takes more than "
+        "no normalisation, no masks, no autograd. All contenders run in one process, one after the other in each "
+        "round, in random order; ratios are medians over rounds of ratios within a round. A peer that takes more than "
         f"{PATIENCE:g} s a step gets {FEW} rounds of its own, and its ratio is one of medians. Rounds: "
         + ", ".join(f"{r} at B = {b}" for b, r in rounds.items())
         + ". `margin, distance-weighted` is our miner in front of margin hinges: "

@@ -2,8 +2,8 @@
 
 The verdict is on resident memory: the process's high-water mark less what it held before the step (torch, the batch,
 the weights), so that work spaces of libraries and what the allocator keeps count too. The high-water mark is Linux's
-VmHWM, which starts anew with each program; `resource.getrusage` would hand down the parent's, and serves only where there is
-no /proc. What torch itself allocated, by its profiler, stands beside it.
+VmHWM, which starts anew with each program; `resource.getrusage` would hand down the parent's, and serves only where
+there is no /proc. What torch itself allocated, by its profiler, stands beside it.
 """
 import json
 import subprocess
@@ -52,7 +52,8 @@ def measure(label: str, size: int, threads: int, patience: float) -> dict:
     command = [sys.executable, "-m", "benchmarks.bench_memory", label, str(size), str(threads)]
     row, why = dict(objective=label, batch=size, limit_gb=LIMIT_GB), ""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience,
+                              cwd=Path(__file__).parents[1])
         if done.returncode == 0: row |= json.loads(done.stdout.splitlines()[-1])
         else: why = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1][:120]
     except subprocess.TimeoutExpired: why = f"took more than {patience:g} s"
