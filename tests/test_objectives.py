@@ -624,7 +624,7 @@ def test_benchmark_peers_mean_the_same(monkeypatch):
 
 
 def test_benchmark_of_memory_and_of_compilation(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1]); monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
     pytest.importorskip("pandas")
     from benchmarks import bench_compile, bench_memory
     import pandas as pd
