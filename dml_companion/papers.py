@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'ROTH', 'REVISIT', 'ADAM', 'DRAWN', 'PAIRS', 'HINGE', 'SOLVER', 'FACES', 'PRODUCTS', 'EPS', 'PHOTOGRAPHS',
-           'GAPS', 'ORDER', 'SETTINGS', 'Knob', 'Card', 'without_gaps', 'card', 'fields', 'listed', 'drawer',
-           'default_fields', 'as_yaml', 'weights', 'knob_line', 'page']
+           'GAPS', 'EQUAL', 'LINE', 'ELSEWHERE', 'ORDER', 'SETTINGS', 'Knob', 'Card', 'without_gaps', 'squeezed',
+           'elsewhere', 'card', 'fields', 'listed', 'drawer', 'default_fields', 'as_yaml', 'weights', 'knob_line',
+           'page']
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c02
+import re
 from textwrap import fill, indent
 from typing import Any, NamedTuple
 
@@ -392,7 +394,8 @@ CARDS["cross_entropy"] = Card(
           Knob("dropout", (0., .5), "linear", "before the classifier")),
     source="the authors' code (README command for CUB, and its defaults)",
     said=dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, freeze_bn=True, dropout=.5,
-              optimizer="sgd", lr=.02, momentum=0., weight_decay=5e-4, schedule="warmcos", warmup=100, epochs=30, batch_size=128,
+              optimizer="sgd", lr=.02, momentum=0., weight_decay=5e-4, schedule="warmcos", warmup=100,
+              epochs=30, batch_size=128,
               sampler="random", augment=dict(crop_scale=(.16, 1.), flip=True, jitter=(.25, .25, .25, 0.)),
               objective_options=dict(label_smoothing=.1, smoothing="paper")),
     beyond=("images are first scaled to 256 pixels on the shorter side, then cropped",
@@ -411,7 +414,8 @@ CARDS["normalized_softmax"] = Card(
           Knob("norm", ("none", "layer"), "choice", "the paper normalises by layer before the sphere")),
     source="the authors' code (azgo14/classification_metric_learning, README and train_classification.py)",
     said=dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, norm="layer",
-              optimizer="sgd", lr=.001, momentum=.9, weight_decay=1e-4, schedule="constant", epochs=30, batch_size=75, sampler="balanced", per_class=25,
+              optimizer="sgd", lr=.001, momentum=.9, weight_decay=1e-4, schedule="constant", epochs=30,
+              batch_size=75, sampler="balanced", per_class=25,
               augment=dict(flip=True), objective_options=dict(temperature=.05)),
     beyond=("learning rate times 0.1 after 15 epochs; before them one epoch in which only the proxies learn",
             "random crops of 224 out of 256 pixels, not resized ones",
@@ -485,7 +489,8 @@ CARDS["cosface"] = Card(
     recalled=dict(pretrained=False, optimizer="sgd", lr=.1, momentum=.9, weight_decay=5e-4, schedule="constant",
                   batch_size=512),
     ours=dict(PRODUCTS, dim=512, sampler="random", augment=dict(flip=True)),
-    beyond=("faces, from random weights; learning rate divided by 10 after 16,000, 24,000 and 28,000 iterations (unconfirmed)",))
+    beyond=("faces, from random weights; learning rate divided by 10 after 16,000, 24,000 and 28,000 iterations "
+            "(unconfirmed)",))
 
 CARDS["arcface"] = Card(
     year=2019,
@@ -542,7 +547,8 @@ CARDS["proxy_nca"] = Card(
           Knob("lr", (1e-5, .001), "log",
                "for adamw; samples that are right pull with full force for ever: lower it towards the end")),
     source="a re-implementation (dichotomies/proxy-nca, README and config.json), which uses the ++ form of the loss",
-    said=dict(dataset="cub", pretrained=True, dim=64, optimizer="sgd", lr=.0045, momentum=.9, proxy_lr=22.2, weight_decay=0.,
+    said=dict(dataset="cub", pretrained=True, dim=64, optimizer="sgd", lr=.0045, momentum=.9, proxy_lr=22.2,
+              weight_decay=0.,
               schedule="constant", epochs=20, objective_options=dict(scale=9.)),
     recalled=dict(batch_size=32),
     ours=dict(encoder="resnet50", sampler="random"),
@@ -561,7 +567,8 @@ CARDS["proxy_nca_pp"] = Card(
           Knob("norm", ("none", "layer"), "choice", "with layer norm before the sphere, as in the paper")),
     source="the authors' code (euwern/proxynca_pp, config/cub.json)",
     said=dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, norm="layer",
-              optimizer="sgd", lr=4e-4, momentum=.9, proxy_lr=1e5, weight_decay=0., schedule="constant", epochs=40, batch_size=32, sampler="balanced",
+              optimizer="sgd", lr=4e-4, momentum=.9, proxy_lr=1e5, weight_decay=0., schedule="constant",
+              epochs=40, batch_size=32, sampler="balanced",
               per_class=4, objective_options=dict(scale=9.)),
     ours=dict(augment=dict(flip=True)),
     beyond=(EPS, "maximum instead of average pooling, 2,048 dimensions",
@@ -705,8 +712,8 @@ CARDS["contextual_similarity"] = Card(
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c19
 PHOTOGRAPHS = ("cub", "cars196", "sop", "inshop")
-GAPS = {field: REVISIT[field] for field in ("size", "encoder", "pretrained", "optimizer", "lr", "weight_decay", "schedule",
-                                            "epochs", "augment")}
+GAPS = {field: REVISIT[field] for field in ("size", "encoder", "pretrained", "optimizer", "lr", "weight_decay",
+                                            "schedule", "epochs", "augment")}
 
 def without_gaps(c: Card) -> Card: # the same, with more in its drawer of ours
     "On photographs, fill from `GAPS` what no drawer has."
@@ -717,12 +724,48 @@ def without_gaps(c: Card) -> Card: # the same, with more in its drawer of ours
 CARDS |= {name: without_gaps(c) for name, c in CARDS.items()}
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c26
+EQUAL = "with two images a class it is `snca`, which sums all positives inside the logarithm"
+LINE = "from dml_companion.memory import CrossBatchMemory"
+ELSEWHERE: dict[str, str] = { # a word as `squeezed` leaves it -> what it means here
+    **dict.fromkeys(("infonce", "ntxent"), f"{EQUAL}; temperature is its only option that matters"),
+    "supcon": f"{EQUAL}; with more, SupCon averages outside",
+    "nca": "`snca`, on the unit sphere",
+    **dict.fromkeys(("npairs", "multiclassnpair"), "`n_pair`"), "ms": "`multi_similarity`",
+    **dict.fromkeys(("proxynca++", "pnca++"), "`proxy_nca_pp`"), "ce": "`cross_entropy`",
+    **dict.fromkeys(("amsoftmax", "lmcl"), "`cosface`"), "asoftmax": "`sphereface`",
+    "normface": "`normalized_softmax`, its scale fixed",
+    "facenet": "`mined_triplet` with miner='semihard'", "batchhard": "`mined_triplet` with miner='hard'",
+    **dict.fromkeys(("xbm", "crossbatchmemory"),
+                    f"no recipe can hold a memory of earlier batches; in a loop of your own: {LINE}; "
+                    "CrossBatchMemory(dim=128, pairs='contrastive') (26_memory)")}
+
+def squeezed(word: str) -> str:
+    "Small letters, digits and plus; without the word loss at the end."
+    return re.sub(r"[^a-z0-9+]", "", word.casefold()).removesuffix("loss")
+
+def elsewhere(word: str) -> str: # a sentence, or nothing
+    "What a word that names no objective means here: another spelling, a known alias, a miner, a regulariser."
+    from dml_companion.losses.regularisers import REGULARISERS
+    from dml_companion.mining import MINERS
+    near, spelt = squeezed(word), lambda names: {squeezed(name): name for name in names}
+    if near in spelt(CARDS): return f"did you mean {spelt(CARDS)[near]!r}?"
+    if near in ELSEWHERE: return ELSEWHERE[near]
+    if near.removesuffix("miner") in spelt(MINERS):
+        miner = spelt(MINERS)[near.removesuffix("miner")]
+        return f"{miner!r} is a miner: `mined_triplet` takes it, with objective_options: {{miner: {miner}}}"
+    if near in spelt(REGULARISERS):
+        name = spelt(REGULARISERS)[near]
+        return f"{name!r} is a regulariser: `regularised` takes it, with objective_options: {{regulariser: {name}}}"
+    return ""
+
+# %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c31
 ORDER = sorted(Recipe.model_fields, key=lambda field: not field.startswith("objective")) # the objective first
 
 def card(name: str) -> Card: # of a registered objective
-    "The card of an objective; ValueError for an unknown name, nearest known first."
-    if name not in CARDS: raise unknown("objective", name, CARDS)
-    return CARDS[name]
+    "The card of an objective; ValueError for an unknown name says what it means here, or the nearest known ones."
+    if name in CARDS: return CARDS[name]
+    if told := elsewhere(name): raise ValueError(f"unknown objective {name!r}: {told}")
+    raise unknown("objective", name, CARDS)
 
 def fields(name: str) -> dict[str, Any]: # fields of a Recipe
     "All that a card says about training, from its three drawers."
@@ -732,7 +775,7 @@ def fields(name: str) -> dict[str, Any]: # fields of a Recipe
     found |= {"objective": name} | ({"objective_options": options} if options else {})
     return {field: found[field] for field in sorted(found, key=ORDER.index)}
 
-# %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c29
+# %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c34
 SETTINGS = ("dataset", "encoder", "pretrained", "dim", "optimizer", "lr", "weight_decay", "schedule", "epochs",
     "batch_size", "sampler")
 
@@ -760,7 +803,7 @@ def as_yaml(name: str) -> str: # one field a line, read back by `Recipe.load`
         lines.append(f"{field}: {shown}" + (f"  # {drawer(name, field)}" if drawer(name, field) else ""))
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c32
+# %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c37
 def weights(cls: type[Objective]) -> str:
     "How many numbers of its own an objective learns, for 100 classes in 128 dimensions."
     with torch.random.fork_rng(devices=[]): groups = cls(100, 128).param_groups()

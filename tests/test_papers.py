@@ -9,9 +9,11 @@ from typer.testing import CliRunner
 
 from dml_companion.cli import app
 from dml_companion.objective import catalogue, find, locate, options
-from dml_companion.objectives import make
+from dml_companion.losses.regularisers import REGULARISERS
+from dml_companion.mining import MINERS
 from dml_companion.encoders import PRETRAINED
-from dml_companion.papers import CARDS, GAPS, PHOTOGRAPHS, REVISIT, SETTINGS, as_yaml, card, default_fields, drawer, fields, page
+from dml_companion.papers import (CARDS, ELSEWHERE, GAPS, PHOTOGRAPHS, REVISIT, SETTINGS, as_yaml, card, default_fields, drawer,
+                                  elsewhere, fields, page, squeezed)
 from dml_companion.training import Recipe, build_optimizer, parameter_groups
 
 NAMES = sorted(CARDS)
@@ -168,9 +170,40 @@ def test_the_page_shows_the_class_as_it_is(name):
 @pytest.mark.parametrize("words, told", [
     (("arkface",), "did you mean 'arcface'"), (("ArcFace",), "did you mean 'arcface'"), (("", ),
     "unknown objective ''"),
-    (("tripplet", "--recipe"), "did you mean 'triplet'"), (("[bold]",), "[bold]"), (("--recipe",), "needs the NAME")])
+    (("tripplet", "--recipe"), "did you mean 'triplet'"), (("[bold]",), "[bold]"), (("--recipe",), "needs the NAME"),
+    (("MARGIN",), "'MARGIN': did you mean 'margin'?"), (("Proxy-Anchor", "--recipe"), "did you mean 'proxy_anchor'?"),
+    (("TripletLoss",), "did you mean 'triplet'?"), (("semihard",), "'semihard' is a miner: `mined_triplet` takes it"),
+    (("semi-hard",), "miner: semihard"), (("DistanceWeightedMiner",), "miner: distance_weighted"),
+    (("regularface",), "regulariser: regular_face"), (("XBM",), "import CrossBatchMemory"), (("InfoNCE",), "`snca`"),
+    (("nt-xent",), "`snca`"), (("SupConLoss",), "`snca`"), (("npairs",), "`n_pair`"), (("MS",), "`multi_similarity`"),
+    (("proxynca++",), "`proxy_nca_pp`")])
 def test_nonsense_gets_a_sentence(words, told):
     code, out = command(*words)
     assert code == 2 and told in out and "Traceback" not in out
 
+
+def test_what_stands_for_another_word_exists():
+    "Names in the answers are objectives, miners are those of the class, and no answer hides an objective of that very name."
+    for word, told in ELSEWHERE.items():
+        assert word == squeezed(word) and word not in map(squeezed, NAMES)
+        named = re.findall(r"`(\w+)`", told)
+        assert set(named) <= set(NAMES) and (named or "CrossBatchMemory" in told)
+    for miner in MINERS:
+        told = elsewhere(miner)
+        assert ("is a miner" in told) == (miner not in NAMES)
+        if f"{{miner: {miner}}}" in told: CLASSES["mined_triplet"](miner=miner)
+    for regulariser in REGULARISERS: CLASSES["regularised"](4, 8, regulariser=regulariser)
+    with pytest.raises(ValueError, match="did you mean 'margin'"): Recipe.from_paper("Margin")
+
+
+@pytest.mark.parametrize("loss, ours", [("NTXentLoss", "snca"), ("SupConLoss", "snca")])
+def test_an_alias_is_no_lie(loss, ours):
+    "With two images a class the peers' loss is ours, value and gradient."
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    found, y = [], torch.arange(12) // 2
+    for f in (getattr(losses, loss)(temperature=.2), CLASSES[ours](temperature=.2)):
+        leaf = torch.randn(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+        value = f(leaf, y)
+        found.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
 
