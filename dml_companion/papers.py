@@ -727,7 +727,7 @@ CARDS |= {name: without_gaps(c) for name, c in CARDS.items()}
 EQUAL = "with two images a class it is `snca`, which sums all positives inside the logarithm"
 LINE = "from dml_companion.memory import CrossBatchMemory"
 ELSEWHERE: dict[str, str] = { # a word as `squeezed` leaves it -> what it means here
-    **dict.fromkeys(("infonce", "ntxent"), f"{EQUAL}; temperature is its only option that matters"),
+    **dict.fromkeys(("infonce", "ntxent"), EQUAL),
     "supcon": f"{EQUAL}; with more, SupCon averages outside",
     "nca": "`snca`, on the unit sphere",
     **dict.fromkeys(("npairs", "multiclassnpair"), "`n_pair`"), "ms": "`multi_similarity`",
