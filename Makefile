@@ -2,7 +2,7 @@
 # make tune                 the search behind a profile's hyper-parameters, the same budget for every objective
 # make test                 the whole test suite, smoke profile included
 # make lab                  read the notebooks in JupyterLab
-# make bench                losses and retrieval against their floors and pytorch-metric-learning
+# make bench                losses, memory, compilation, retrieval against floors, limits and pytorch-metric-learning
 # make setup LOCK=1         the environment in which the committed figures were made, package by package
 # make clean                remove what can be built again; `make clean-runs` also removes finished runs
 

@@ -1,8 +1,8 @@
-"""`python -m benchmarks [losses] [classes] [retrieval] [--out figures/bench]`: all by default."""
+"""`python -m benchmarks [losses] [memory] [compile] [classes] [retrieval] [--out figures/bench]`: all by default."""
 import argparse
 from importlib import import_module
 
-PARTS = ("losses", "classes", "retrieval")
+PARTS = ("losses", "memory", "compile", "classes", "retrieval")
 
 
 def main(argv=None) -> None:

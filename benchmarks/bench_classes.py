@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_losses import step
 from benchmarks.common import interleaved, machine_lines, ratio, write_text
+from benchmarks.contenders import step
 from dml_companion.losses.classification import CrossEntropy
 from dml_companion.memory import ChunkedCrossEntropy, peak_bytes
 

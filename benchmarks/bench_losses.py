@@ -5,177 +5,253 @@ Two floors for losses over pairs of a (B, D) batch:
   normalisation, masks, exponentials or autograd. The target, within 2x at B >= 512, is against this one.
 - `autograd`: the similarity matrix of normalised embeddings and its backward pass by torch from a given gradient, which
   takes three products because autograd does not know that the matrix is symmetric.
-For classification over C classes: Z @ W.T, G @ W and G.T @ Z (three products; W needs its gradient too).
+For classification and proxies with C vectors: Z @ W.T, G @ W and G.T @ Z (three products; W needs its gradient too); C
+is three or ten times the classes for sub-centres and SoftTriple. A regulariser adds two products among the centres.
 """
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import interleaved, machine_lines, ratio, write_text
-from dml_companion import objectives
+from benchmarks.common import available_bytes, grid, interleaved, machine_lines, pipe_table, ratio, write_text
+from benchmarks.contenders import CLASSES, CLASSIFICATION, CONTENDERS, DIM, EXEMPT, LIMITS, PADS, PAIRWISE, PANELS
+from benchmarks.contenders import make_batch, make_peers, peer_bytes, step
 
-DIM, CLASSES, SIZES = 512, 1000, (128, 256, 512, 1024, 2048)
-PAIRWISE = { # label -> (name, options, peer)
-    "contrastive": ("contrastive", {}, None),
-    "contrastive, plain hinges": ("contrastive", dict(squared=False, reduction="nonzero"), "contrastive"),
-    "SNCA": ("snca", {}, "snca"),
-    "multi-similarity": ("multi_similarity", {}, "ms"),
-    "multi-similarity, mined": ("multi_similarity", dict(mining=.1), "ms mined"),
-}
-CLASSIFICATION = {
-    "cross-entropy": ("cross_entropy", {}, "linear"),
-    "normalised softmax": ("normalized_softmax", {}, "normalized_softmax"),
-    "center + cross-entropy": ("center", {}, None),
-}
-
-
-class LinearCrossEntropy(torch.nn.Module):
-    "Torch's own: the peer of `cross_entropy`, which pytorch-metric-learning does not have."
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(DIM, CLASSES)
-    def forward(self, z, y): return F.cross_entropy(self.linear(z), y)
-
-
-def make_peers() -> dict[str, Callable]:
-    "pytorch-metric-learning under the settings where it means the same; empty if it is not installed."
-    try: from pytorch_metric_learning import losses, miners
-    except ImportError: return {"linear": LinearCrossEntropy()}
-    ms, miner = losses.MultiSimilarityLoss(2, 50, .5), miners.MultiSimilarityMiner(.1)
-    return {"contrastive": losses.ContrastiveLoss(), "snca": losses.NCALoss(softmax_scale=5), "ms": ms,
-            "ms mined": lambda z, y: ms(z, y, miner(z, y)), "linear": LinearCrossEntropy(),
-            "normalized_softmax": losses.NormalizedSoftmaxLoss(CLASSES, DIM)}
-
-
-def make_batch(size: int, per_class: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    "A half-trained batch: classes of four around random centres."
-    g = torch.Generator().manual_seed(size)
-    y = torch.arange(size) // per_class
-    z = torch.randn(size // per_class + 1, DIM, generator=g)[y] + torch.randn(size, DIM, generator=g)
-    return z.requires_grad_(), y
-
-
-def step(loss: Callable, z: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
-    "Forward and backward of a loss, gradients dropped first."
-    weights = list(loss.parameters()) if isinstance(loss, torch.nn.Module) else []
-    def run():
-        for leaf in (z, *weights): leaf.grad = None
-        loss(z, y).backward()
-    return run
+SIZES, PATIENCE, FEW = (128, 512, 1024, 4096), 5., 3             # B; seconds a step from which a peer gets few rounds
+TARGET, TARGET_FROM, PEERS_AT = 2., 512, 512                     # times the floor, from which B; B of peers' targets
+PEER_TARGETS = {"lifted": 500, "triplet, all semi-hard": 10, "margin, distance-weighted": 10,
+                "multi-similarity, mined": 3, "circle": 1, "SoftTriple, no regulariser": 1}  # others: never slower
 
 
 def floors(z: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
-    "The products themselves."
+    "The products themselves, by name."
     n, data = len(z), z.detach()
-    pairs, classes = torch.randn(n, n), torch.randn(n, CLASSES)
-    W = torch.randn(CLASSES, DIM)
+    pairs, among = torch.randn(n, n), torch.randn(CLASSES, CLASSES)
     def two_products(): data @ data.T; pairs @ data
-    def three_products(): data @ W.T; classes @ W; classes.T @ data
+    def three_products(centers):
+        W, slopes = torch.randn(centers * CLASSES, DIM), torch.randn(n, centers * CLASSES)
+        def run(): data @ W.T; slopes @ W; slopes.T @ data
+        return run
+    def with_centres(run, W):
+        def more(): run(); W @ W.T; among @ W
+        return more
     def autograd():
         z.grad = None
         unit = F.normalize(z)
         (unit @ unit.T).backward(pairs)
-    return {"two products": two_products, "autograd": autograd, "class products": three_products}
+    products = {f"classes x {k}": three_products(k) for k in sorted({c.centers for c in CLASSIFICATION.values()})}
+    centres = with_centres(products["classes x 1"], torch.randn(CLASSES, DIM))
+    return {"pairs": two_products, "autograd": autograd, **products, "centres": centres}
 
 
-def measure(size: int, rounds: int) -> list[dict]:
-    "One batch size: a row for each objective."
+def floor_of(label: str) -> str:
+    "Which of `floors` a contender is held against."
+    c = CONTENDERS[label]
+    return f"classes x {c.centers}" if c.products == "classes" else c.products
+
+
+def time_all(contenders: dict[str, Callable], seconds: float) -> tuple[dict[str, list[float]], int]:
+    "Warm up, then as many rounds as fit; peers beyond PATIENCE and what they are compared with get FEW more rounds."
+    first = {name: min(t) for name, t in interleaved(contenders, 1, warmup=0).items()}
+    slow = {name for name, t in first.items() if t > PATIENCE and name.startswith("peer ")}
+    quick = {name: run for name, run in contenders.items() if name not in slow}
+    rounds = max(FEW, min(100, int(seconds / sum(first[name] for name in quick))))
+    taken = interleaved(quick, rounds, warmup=0)
+    if slow: taken |= interleaved({name: contenders[name] for name in slow}, FEW, warmup=0)
+    return taken, rounds
+
+
+def measure(size: int, seconds: float) -> tuple[list[dict], int]:
+    "One batch size: a row for each objective, and the number of rounds."
     z, y = make_batch(size)
-    peers, ours = make_peers(), {**PAIRWISE, **CLASSIFICATION}
+    peers, room = make_peers(), .7 * available_bytes()
+    wanted = {c.peer for c in CONTENDERS.values() if c.peer in peers}
+    large = {peer for peer in wanted if size > LIMITS.get(peer, size) or peer_bytes(peer, size) > room}
     contenders = floors(z, y)
-    for label, (name, options, _) in ours.items():
-        contenders[label] = step(objectives.make(name, CLASSES, DIM, **options), z, y)
-    for label, peer in peers.items(): contenders[f"peer {label}"] = step(peer, z, y)
-    seconds, rows = interleaved(contenders, rounds), []
-    ms = {name: statistics.median(s) * 1e3 for name, s in seconds.items()}
-    for label, (_, _, peer) in ours.items():
-        floor = "two products" if label in PAIRWISE else "class products"
-        other = f"peer {peer}" if f"peer {peer}" in seconds else None
-        rows.append(dict(objective=label, batch=size,
-                         ours_ms=ms[label], best_ms=min(seconds[label]) * 1e3, floor_ms=ms[floor],
-                         times_floor=ratio(seconds[label], seconds[floor]),
-                         best_times_floor=min(seconds[label]) / min(seconds[floor]),
-                         times_autograd=ratio(seconds[label], seconds["autograd"]) if label in PAIRWISE else None,
-                         peer_ms=ms[other] if other else None,
-                         peer_times_ours=ratio(seconds[other], seconds[label]) if other else None,
-                         best_peer_times_ours=min(seconds[other]) / min(seconds[label]) if other else None,
-                         peer_times_floor=ratio(seconds[other], seconds[floor]) if other else None))
-    return rows
+    for label, c in CONTENDERS.items(): contenders[f"ours {label}"] = step(c.make(), z, y)
+    for peer in sorted(wanted - large): contenders[f"peer {peer}"] = step(peers[peer], z, y)
+    times, rounds = time_all(contenders, seconds)
+    return [row_of(label, size, times, CONTENDERS[label].peer in large) for label in CONTENDERS], rounds
+
+
+def against(a: list[float], b: list[float]) -> float:
+    "Median of ratios within a round; ratio of medians if one of them was so slow that it had rounds of its own."
+    return ratio(a, b) if len(a) == len(b) else statistics.median(a) / statistics.median(b)
+
+
+def row_of(label: str, size: int, times: dict[str, list[float]], too_large: bool) -> dict:
+    "Milliseconds and ratios of one objective."
+    c, ours, floor = CONTENDERS[label], times[f"ours {label}"], times[floor_of(label)]
+    peer = times.get(f"peer {c.peer}")
+    ms = lambda t: statistics.median(t) * 1e3 if t else None
+    return dict(objective=label, name=c.name, panel=c.panel, batch=size, floor=floor_of(label), ours_ms=ms(ours),
+                best_ms=min(ours) * 1e3, floor_ms=ms(floor), times_floor=against(ours, floor),
+                best_times_floor=min(ours) / min(floor),
+                times_autograd=against(ours, times["autograd"]) if label in PAIRWISE else None,
+                peer=c.peer, peer_state="too large" if too_large else "measured" if peer else "none", peer_ms=ms(peer),
+                peer_rounds=len(peer) if peer else 0, peer_times_ours=against(peer, ours) if peer else None,
+                best_peer_times_ours=min(peer) / min(ours) if peer else None,
+                peer_times_floor=against(peer, floor) if peer else None)
+
+
+def targets(table) -> "pd.DataFrame": # objective, kind, batch, target, measured, verdict
+    "The promises, each beside what the table says; 'not measured' if it does not say."
+    import pandas as pd
+    def line(label, kind, batch, target, value, below):
+        known = value is not None and value == value
+        good = known and (value <= target if below else value >= target)
+        verdict = "met" if good else "not met" if known else "not measured"
+        return dict(objective=label, kind=kind, batch=batch, target=target, measured=value, verdict=verdict, why="")
+    rows = []
+    for label, c in CONTENDERS.items():
+        mine = table[table.objective == label].set_index("batch")
+        if c.peer:
+            value = mine.peer_times_ours.get(PEERS_AT)
+            rows.append(line(label, "peer / ours", PEERS_AT, PEER_TARGETS.get(label, 1), value, below=False))
+        for b in (b for b in mine.index if b >= TARGET_FROM):
+            rows.append(line(label, "ours / floor", b, TARGET, mine.times_floor[b], below=True))
+            if label in EXEMPT: rows[-1] |= dict(verdict="exempt", why=EXEMPT[label])
+    rows.append(dict(objective="PADS", kind="ours / floor", target=TARGET, verdict="exempt", why=PADS))
+    return pd.DataFrame(rows, columns=["objective", "kind", "batch", "target", "measured", "verdict", "why"])
+
+
+def promises(found) -> str:
+    "Targets as two Markdown tables: against the peers, against the floor."
+    show = lambda v, digits=2: "" if v is None or v != v else f"{v:.{digits}f}"
+    peers, floor = (found[found.kind == kind] for kind in ("peer / ours", "ours / floor"))
+    first = pipe_table(["objective", "peer / ours, at least", "measured", "verdict"],
+                       [[r.objective, f"{r.target:g}", show(r.measured), r.verdict] for r in peers.itertuples()])
+    rows = []
+    for label, mine in floor.groupby("objective", sort=False):
+        verdicts = ", ".join(f"{r.verdict} at {r.batch:g}" for r in mine.itertuples())
+        if (mine.verdict == mine.verdict.iloc[0]).all(): verdicts = mine.verdict.iloc[0]
+        rows.append([label, ", ".join(filter(None, map(show, mine.measured))), verdicts, mine.why.iloc[0]])
+    batches = ", ".join(f"{b:g}" for b in sorted(floor.batch.dropna().unique()))
+    second = pipe_table(["objective", f"ours / floor at B = {batches or 'none'}", "verdict", "why exempt"], rows)
+    return (f"**Targets against the peer, B = {PEERS_AT}**\n\n{first}\n\n"
+            f"**Target against the floor: at most {TARGET:g} from B = {TARGET_FROM}**\n\n{second}")
 
 
 def markdown(table, rounds: dict[int, int]) -> str:
-    "The three questions as three tables: how long, how far from the floor, how far from the peer."
-    def grid(column, digits, title):
-        wide = table.pivot(index="objective", columns="batch", values=column)
-        wide = wide.loc[list(dict.fromkeys(table.objective))].dropna(how="all")
-        lines = [["objective", *(f"B = {b}" for b in wide.columns)], ["---", *["---:"] * len(wide.columns)]]
-        lines += [[name, *(f"{v:.{digits}f}" for v in row)] for name, row in zip(wide.index, wide.values)]
-        return f"**{title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    "Promises first, then how long, how far from the floor, how far from the peer."
+    say = lambda column: lambda row: "too large" if row.peer_state == "too large" else f"{row[column]:.2f}"
+    peer_of = " (pytorch-metric-learning; cross-entropy and softmax: torch's Linear and cross_entropy)"
     return "\n\n".join([
         "# Losses, forward + backward",
         f"D = {DIM}, float32, classes of four; classification over {CLASSES:,} classes.",
-        grid("ours_ms", 2, "Milliseconds, median"),
-        grid("times_floor", 2, "Times the floor (pairwise: two matrix products; classification: three)"),
-        grid("best_times_floor", 2, "The same from the quickest run of each, the least disturbed"),
-        grid("times_autograd", 2, "Times torch's own similarity matrix, normalised, and its backward pass"),
-        grid("peer_times_ours", 2, "How many times longer the peer takes (pytorch-metric-learning; "
-                                   "cross-entropy: torch's Linear and cross_entropy)"),
-        "Floors are bare products on ready matrices: no normalisation, no masks, no autograd. All contenders run in "
-        "one process, one after the other in each round, in random order; ratios are medians over rounds of ratios "
-        "within a round. Rounds: " + ", ".join(f"{r} at B = {b}" for b, r in rounds.items()) + ". `center` and the contrastive "
-        "loss with squared hinges have no peer.",
+        promises(targets(table)),
+        "**Milliseconds, median**\n\n" + grid(table, "ours_ms"),
+        "**Times the floor (pairs: two matrix products; classification and proxies: three)**\n\n"
+        + grid(table, "times_floor"),
+        "**The same from the quickest run of each, the least disturbed**\n\n" + grid(table, "best_times_floor"),
+        "**Times torch's own similarity matrix, normalised, and its backward pass**\n\n"
+        + grid(table, "times_autograd"),
+        f"**How many times longer the peer takes{peer_of}**\n\n"
+        + grid(table[table.peer_state != "none"], "peer_times_ours", say("peer_times_ours")),
+        "*too large*: the peer enumerates triplets, or positive pairs times negative pairs, and was not started: its "
+        "tables would not fit into 0.7 of the free memory, or it is beyond its limit ("
+        + ", ".join(f"{peer}: {b}" for peer, b in LIMITS.items()) + ").\n\nFloors are bare products on ready matrices: "
+        "no normalisation, no masks, no autograd. All contenders run in one process, one after the other in each "
+        "round, in random order; ratios are medians over rounds of ratios within a round. A peer that takes more than "
+        f"{PATIENCE:g} s a step gets {FEW} rounds of its own, and its ratio is one of medians. Rounds: "
+        + ", ".join(f"{r} at B = {b}" for b, r in rounds.items())
+        + ". `margin, distance-weighted` is our miner in front of margin hinges: "
+        "the registered `margin` takes all pairs.",
         "\n".join(machine_lines())])
 
 
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vPX*<>"
+
+
+def spread(heights: list[float], gap: float) -> list[float]:
+    "Heights moved apart until no two labels touch, their order and middle kept."
+    order, placed = sorted(range(len(heights)), key=heights.__getitem__), list(heights)
+    for below, above in zip(order, order[1:]): placed[above] = max(placed[above], placed[below] + gap)
+    shift = (sum(placed) - sum(heights)) / len(heights) if heights else 0
+    return [h - shift for h in placed]
+
+
 def draw(table):
-    "Times the floor against batch size, ours and the peer's."
+    "Times the floor against batch size: a panel a family, names at the ends of the lines."
     import matplotlib.pyplot as plt
-    from dml_companion.reproduction import STYLE, use_house_style
+    import numpy as np
+    from dml_companion.reproduction import use_house_style
     use_house_style()
-    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True)
-    titles, batches = ("Pairwise losses", f"Classification, {CLASSES:,} classes"), sorted(table.batch.unique())
-    for ax, group, title in zip(axes, (PAIRWISE, CLASSIFICATION), titles):
-        for label, (name, options, peer) in group.items():
-            rows, look = table[table.objective == label], STYLE[name]
-            line = ":" if options else "-"
-            ax.plot(rows.batch, rows.times_floor, line, color=look["color"], marker=look["marker"], label=label)
-            if peer: ax.plot(rows.batch, rows.peer_times_floor, line, color=look["color"], alpha=.35, lw=1)
-        for y, text, dash in ((1, "floor", "-"), (2, "target", "--")):
-            ax.axhline(y, color="grey", lw=.8, ls=dash, zorder=0)
-            ax.text(1.01, y, text, va="center", size=8, color="grey", transform=ax.get_yaxis_transform())
-        ax.set(xscale="log", yscale="log", xlabel="batch size B", title=title)
-        ax.set_xticks(batches, [str(b) for b in batches]); ax.minorticks_off()
-        ax.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
-        ax.legend(fontsize=7, loc="upper right")
-    axes[0].set_ylabel("time / matrix products")
-    note = f"Forward + backward, D = {DIM}, float32. Strong lines: ours; pale: the peer, same settings. Medians."
-    fig.text(0, -.06, note, size=8)
+    fig, axes = plt.subplots(3, 2, figsize=(7.2, 8.4), sharex=True, sharey=True)
+    batches, values = sorted(table.batch.unique()), np.log10(table.times_floor)
+    low, high = min(values.min(), -.1), max(values.max(), .4)
+    for ax, (panel, title) in zip(axes.flat, PANELS.items()):
+        mine = table[table.panel == panel]
+        labels = list(dict.fromkeys(mine.objective))
+        lines = [mine[mine.objective == label] for label in labels]
+        ends = spread([np.log10(rows.times_floor.iloc[-1]) for rows in lines], (high - low) / 13)
+        for i, (label, rows, end) in enumerate(zip(labels, lines, ends)):
+            colour, last = COLOURS[i % len(COLOURS)], np.log10(rows.times_floor.iloc[-1])
+            ax.plot(rows.batch, np.log10(rows.times_floor), color=colour, marker=MARKERS[i % len(MARKERS)],
+                    ls=("-", "--")[i // len(COLOURS)], ms=4, lw=1.2)
+            ax.annotate(label, (rows.batch.iloc[-1], last), (1.06, end), textcoords=ax.get_yaxis_transform(),
+                        color=colour, size=8, va="center", annotation_clip=False,
+                        arrowprops=dict(arrowstyle="-", color=colour, lw=.4, shrinkA=0, shrinkB=3))
+        ax.axhline(0, color="grey", lw=.8, zorder=0)
+        ax.axhline(np.log10(TARGET), color="grey", lw=.8, ls="--", zorder=0)
+        ax.set(title=title, xscale="log")
+        ax.set_xticks(batches, [f"{b:,}" for b in batches]); ax.minorticks_off()
+    ticks = [t for t in (.01, .03, .1, .3, 1, 3, 10, 30, 100, 300) if low - .3 < np.log10(t) < high + .3]
+    axes[0, 0].set_yticks(np.log10(ticks), [f"{t:g}" for t in ticks]); axes[0, 0].set_ylim(low - .1, high + .1)
+    for ax in axes[-1]: ax.set_xlabel("batch size B")
+    for ax in axes[:, 0]: ax.set_ylabel("time / matrix products")
+    note = f"Forward + backward, D = {DIM}, float32, medians. Solid grey: the products alone; dashed: the target."
+    fig.text(0, -.03, note, size=8)
+    return fig
+
+
+def draw_peers(table):
+    "How much longer the peer takes, at the size of the targets or the largest measured below it."
+    import matplotlib.pyplot as plt
+    from dml_companion.reproduction import use_house_style
+    use_house_style()
+    known = table[(table.peer_state == "measured") & (table.batch <= PEERS_AT)]
+    rows = known.sort_values("batch").groupby("objective", sort=False).tail(1).sort_values("peer_times_ours")
+    fig, ax = plt.subplots(figsize=(6, .8 + .22 * len(rows)))
+    for y, r in enumerate(rows.itertuples()):
+        target = PEER_TARGETS.get(r.objective, 1)
+        colour = COLOURS[0] if r.peer_times_ours >= target else COLOURS[1]
+        ax.plot([target] * 2, [y - .35, y + .35], color="grey", lw=1.2)
+        ax.plot(r.peer_times_ours, y, "o", color=colour)
+        ax.annotate(f"{r.peer_times_ours:.3g}", (r.peer_times_ours, y), (6, 0), textcoords="offset points", va="center",
+                    size=8, color=colour)
+    ax.set_yticks(range(len(rows)), [r.objective if r.batch == PEERS_AT else f"{r.objective} (B = {r.batch})"
+                                     for r in rows.itertuples()])
+    ax.set(xscale="log", xlabel="time of the peer / ours", title=f"Against the peers, B = {PEERS_AT}")
+    ax.margins(x=.12); ax.grid(False, axis="y")
+    fig.text(0, -.06, f"Grey bar: the target. Forward + backward, D = {DIM}, float32, medians.", size=8)
     return fig
 
 
 def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go here
          sizes: tuple[int, ...] = SIZES, # batch sizes
          threads: int = 2, # torch threads
-         seconds: float = 20., # rough time for each batch size
+         seconds: float = 45., # rough time for each batch size, slow peers and at least three rounds besides
         ) -> None:
-    "Measure and write losses.{csv,md,svg,png}."
-    import time
+    "Measure and write losses.{csv,md,svg,png}, losses_peers.{svg,png} and losses_targets.csv."
     import pandas as pd
     from dml_companion.reproduction import output_folder, save_figure
-    before, rows, rounds = torch.get_num_threads(), [], {}
+    before, rows, rounds, folder = torch.get_num_threads(), [], {}, output_folder(out_folder)
     torch.set_num_threads(threads)
     try:
         for size in sizes:
             start = time.perf_counter()
-            measure(size, 1)                                     # three rounds, two of them to warm up
-            rounds[size] = max(5, min(100, int(3 * seconds / (time.perf_counter() - start))))
-            rows += measure(size, rounds[size])
-            print(f"losses: B = {size}, {rounds[size]} rounds", flush=True)
-        table, folder = pd.DataFrame(rows), output_folder(out_folder)
+            more, rounds[size] = measure(size, seconds)
+            rows += more
+            print(f"losses: B = {size}, {rounds[size]} rounds, {time.perf_counter() - start:.0f} s", flush=True)
+        table = pd.DataFrame(rows)
         save_figure(draw(table), "losses", folder, data=table)
+        if (table.peer_state == "measured").any(): save_figure(draw_peers(table), "losses_peers", folder)
+        targets(table).to_csv(folder / "losses_targets.csv", index=False, float_format="%.4g")
         write_text(folder / "losses.md", markdown(table, rounds))
     finally: torch.set_num_threads(before)
 

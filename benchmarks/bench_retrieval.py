@@ -84,7 +84,7 @@ def draw(table):
 def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go here
          sizes: tuple[int, ...] = SIZES, # gallery sizes
          threads: int = 2, # torch threads
-         seconds: float = 150., # rough time for each size
+         seconds: float = 90., # rough time for each size
         ) -> None:
     "Measure and write retrieval.{csv,md,svg,png}."
     import time

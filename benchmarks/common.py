@@ -29,6 +29,32 @@ def ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b))
 
 
+def available_bytes() -> int:
+    "Memory that can be had now; 16 GiB where the system does not say."
+    try: lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError: return 16 * 2**30
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 16 * 2**30)
+
+
+def pipe_table(head: list[str], rows: list[list[str]]) -> str:
+    "Markdown: names to the left, the rest to the right."
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def grid(table: "pd.DataFrame", # columns objective, batch and the one to show
+         column: str,
+         say: Callable | None = None, # row -> text; two digits if none is given
+        ) -> str:
+    "One line an objective, one column a batch size; objectives of which nothing is known are left out."
+    batches = sorted(table.batch.unique())
+    text = {(r["objective"], r["batch"]): say(r) if say else "" if r[column] != r[column] or r[column] is None
+            else f"{r[column]:.2f}" for _, r in table.iterrows()}
+    names = [n for n in dict.fromkeys(table.objective) if any(text.get((n, b)) for b in batches)]
+    rows = [[n, *(text.get((n, b), "") for b in batches)] for n in names]
+    return pipe_table(["objective", *(f"B = {b}" for b in batches)], rows)
+
+
 def machine_lines() -> list[str]:
     "Hardware, versions, commit and date, for the foot of a table: no names of machines, users or folders."
     from dml_companion.reproduction import provenance

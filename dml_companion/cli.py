@@ -459,6 +459,7 @@ def objectives(name: CardArgument = None, recipe: CardOption = False) -> None:
         "cost:    of a step, for n images, d dimensions, K classes, S vectors a class\n"
         "parts:   does the paper's formula fall into tightness and contrast by itself, or is our split stated\n"
         "*        a reconstruction: the paper could not be read in full\n"
+        "memory:  of earlier batches: no recipe, a class for your own loop: dml-companion objectives xbm\n"
         "More, with defaults, tuning and the published recipe: dml-companion objectives NAME")
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c19

@@ -677,21 +677,63 @@ def test_import_is_light_and_make_imports_one_module():
     assert out.returncode == 0 and out.stdout.strip() == str(len(every_option())), out.stderr
 
 
-def test_benchmark_writes_its_four_files(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")     # in pytorch-metric-learning
+def test_benchmark_writes_its_files(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
-    pytest.importorskip("pandas"), pytest.importorskip("matplotlib")
-    from benchmarks.bench_losses import CLASSIFICATION, PAIRWISE, main
+    pytest.importorskip("pandas"), pytest.importorskip("matplotlib"), pytest.importorskip("pytorch_metric_learning")
+    from benchmarks.bench_losses import main, targets
+    from benchmarks.contenders import CONTENDERS, EXEMPT, PANELS
+    assert {c.name for c in CONTENDERS.values()} >= set(protocol.locate()) and {c.panel for c in CONTENDERS.values()} == set(PANELS)
     threads = torch.get_num_threads()
     main(tmp_path, sizes=(16, 32), threads=1, seconds=.01)
     assert torch.get_num_threads() == threads
-    assert {f.name for f in tmp_path.iterdir()} == {f"losses.{kind}" for kind in ("csv", "md", "svg", "png")}
+    assert {f.name for f in tmp_path.iterdir()} == {
+        *(f"losses.{kind}" for kind in ("csv", "md", "svg", "png")), "losses_peers.svg", "losses_peers.png", "losses_targets.csv"}
     import pandas as pd
     table = pd.read_csv(tmp_path / "losses.csv")
-    assert set(table.objective) == {*PAIRWISE, *CLASSIFICATION}
+    assert list(table.objective) == [*CONTENDERS] * 2 and sorted(table.batch.unique()) == [16, 32]
     assert (table.ours_ms > 0).all() and (table.times_floor > 0).all()
-    assert table.peer_times_ours.notna().sum() == 2 * 6          # contrastive with squares and center have no peer
+    assert table.peer_times_ours.notna().sum() == 2 * sum(c.peer is not None for c in CONTENDERS.values())
     text = (tmp_path / "losses.md").read_text()
     assert "torch 2." in text and "cores" in text and "/" + "work" not in text
+    assert set(pd.read_csv(tmp_path / "losses_targets.csv").verdict) == {"not measured", "exempt"}       # no B = 512 here
+    row = dict(batch=512, times_floor=2.1, peer_times_ours=499.)
+    made = pd.DataFrame([dict(row, objective="lifted"), dict(row, objective="circle", times_floor=1.9),
+                         dict(row, objective="histogram", peer_times_ours=.9)])
+    found = targets(made).set_index(["objective", "kind"])
+    verdict = {name: tuple(found.verdict[name, kind] for kind in ("peer / ours", "ours / floor"))
+               for name in ("lifted", "circle", "histogram")}
+    assert verdict == {"lifted": ("not met", "not met"), "circle": ("met", "met"), "histogram": ("not met", "exempt")}
+    assert found.why["histogram", "ours / floor"] == EXEMPT["histogram"]
+
+
+def test_benchmark_peers_mean_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    pytest.importorskip("pytorch_metric_learning")
+    from benchmarks.contenders import PAIRWISE, make_batch, make_peers, peer_bytes
+    (z, y), theirs = make_batch(24), make_peers()
+    compared = [label for label, c in PAIRWISE.items() if c.peer and c.peer != "margin mined"]            # which draws
+    assert len(compared) > 10
+    for label in compared:
+        c = PAIRWISE[label]
+        assert_close(c.make()(z, y), theirs[c.peer](z, y), rtol=1e-3, atol=1e-5, msg=lambda m: f"{label}: {m}", check_dtype=False)
+    assert peer_bytes("lifted", 1024) > 50e9 and peer_bytes("lifted", 128) < 1e9 and peer_bytes("circle", 4096) == 0
+
+
+def test_benchmark_of_memory_and_of_compilation(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    pytest.importorskip("pandas")
+    from benchmarks import bench_compile, bench_memory
+    import pandas as pd
+    bench_memory.main(tmp_path, size=32, labels=("contrastive", "no such loss"), threads=1)
+    table = pd.read_csv(tmp_path / "memory.csv").set_index("objective")
+    assert table.verdict.to_dict() == {"contrastive": "met", "no such loss": "failed"}
+    assert 0 < table.torch_gb["contrastive"] < .1 and "KeyError" in table.why["no such loss"]
+    assert bench_memory.verdict(dict(resident_gb=4.1, limit_gb=4.)) == "not met"
+    bench_compile.main(tmp_path, size=16, labels=("softmax", "contrastive"))
+    table = pd.read_csv(tmp_path / "compile.csv").set_index("objective")
+    assert (table.equal == "yes").all() and (table.breaks >= 0).all()
+    assert {f.name for f in tmp_path.iterdir()} == {f"{n}.{kind}" for n in ("memory", "compile") for kind in ("csv", "md")}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

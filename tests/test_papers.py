@@ -9,8 +9,11 @@ from typer.testing import CliRunner
 
 from dml_companion.cli import app
 from dml_companion.objective import catalogue, find, locate, options
-from dml_companion.objectives import make
-from dml_companion.papers import CARDS, SETTINGS, as_yaml, card, default_fields, drawer, fields, page
+from dml_companion.losses.regularisers import REGULARISERS
+from dml_companion.mining import MINERS
+from dml_companion.encoders import PRETRAINED
+from dml_companion.papers import (CARDS, ELSEWHERE, GAPS, PHOTOGRAPHS, REVISIT, SETTINGS, as_yaml, card, default_fields, drawer,
+                                  elsewhere, fields, page, squeezed)
 from dml_companion.training import Recipe, build_optimizer, parameter_groups
 
 NAMES = sorted(CARDS)
@@ -83,6 +86,38 @@ def test_the_published_recipe_trains(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_photographs_for_an_untrained_convnet(name):
+    """A recipe says its data set, its backbone and a rate with its optimizer. On photographs the backbone is a large one, and
+    it starts from random weights only where the source did, with the source's rate."""
+    c, recipe = CARDS[name], Recipe.from_paper(name)
+    drawers = {"read": c.said, "recalled": c.recalled, "ours": c.ours}
+    of = {field: [word for word, found in drawers.items() if field in found] for field in Recipe.model_fields}
+    assert len(of["dataset"]) == len(of["encoder"]) == len(of["lr"]) == 1 and of["optimizer"] == of["lr"]
+    if recipe.dataset not in PHOTOGRAPHS:
+        assert name == "spce" and recipe.dataset == "glyphs"                   # MNIST in the paper
+        return
+    assert all(of[field] for field in GAPS) and (recipe.size, recipe.encoder in PRETRAINED) == (224, True)
+    if not recipe.pretrained:
+        assert of["pretrained"] == of["lr"] != [] and recipe.optimizer == "sgd"
+        assert any(word in " ".join(c.beyond) for word in ("random weights", "ImageNet", "faces"))
+    if of["lr"] == ["ours"] and recipe.pretrained: assert recipe.lr == REVISIT["lr"] and recipe.optimizer == "adamw"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_number_says_whose_it_is(name):
+    "The first lines name the source; a line without a comment was read there, and no other."
+    c, lines = CARDS[name], as_yaml(name).splitlines()
+    legend = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    assert legend.startswith(name) and c.source in legend and max(map(len, lines)) < 200
+    body = {line.split(":")[0]: line.partition("  # ")[2] for line in lines if not line.startswith("#")}
+    assert set(body) == set(fields(name))
+    for field, comment in body.items():
+        assert ("ours" in comment) == (field in c.ours) and ("unconfirmed" in comment) == (field in c.recalled), field
+    options_ = [d.get("objective_options", {}) for d in (c.said, c.recalled, c.ours)]
+    assert sum(map(bool, options_)) <= 1, "options of two drawers on one line: which is whose?"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_yaml_reads_back_as_the_recipe(name, tmp_path):
     code, out = command(name, "--recipe")
     assert code == 0
@@ -93,7 +128,7 @@ def test_yaml_reads_back_as_the_recipe(name, tmp_path):
 
 
 def test_changes_are_validated_with_the_rest():
-    assert Recipe.from_paper("arcface", dataset="glyphs", dim=64).dim == 64
+    assert Recipe.from_paper("arcface", dataset="glyphs", size=None, dim=64).dim == 64
     assert Recipe.from_paper("arcface", objective_options=dict(scale=16.)).objective_options == dict(scale=16.)
     with pytest.raises(ValueError, match="did you mean 'arcface'"): Recipe.from_paper("arkface")
     with pytest.raises(ValueError, match="did you mean 'lr'"): Recipe.from_paper("arcface", learning_rate=.1)
@@ -136,9 +171,40 @@ def test_the_page_shows_the_class_as_it_is(name):
 @pytest.mark.parametrize("words, told", [
     (("arkface",), "did you mean 'arcface'"), (("ArcFace",), "did you mean 'arcface'"), (("", ),
     "unknown objective ''"),
-    (("tripplet", "--recipe"), "did you mean 'triplet'"), (("[bold]",), "[bold]"), (("--recipe",), "needs the NAME")])
+    (("tripplet", "--recipe"), "did you mean 'triplet'"), (("[bold]",), "[bold]"), (("--recipe",), "needs the NAME"),
+    (("MARGIN",), "'MARGIN': did you mean 'margin'?"), (("Proxy-Anchor", "--recipe"), "did you mean 'proxy_anchor'?"),
+    (("TripletLoss",), "did you mean 'triplet'?"), (("semihard",), "'semihard' is a miner: `mined_triplet` takes it"),
+    (("semi-hard",), "miner: semihard"), (("DistanceWeightedMiner",), "miner: distance_weighted"),
+    (("regularface",), "regulariser: regular_face"), (("XBM",), "import CrossBatchMemory"), (("InfoNCE",), "`snca`"),
+    (("nt-xent",), "`snca`"), (("SupConLoss",), "`snca`"), (("npairs",), "`n_pair`"), (("MS",), "`multi_similarity`"),
+    (("proxynca++",), "`proxy_nca_pp`")])
 def test_nonsense_gets_a_sentence(words, told):
     code, out = command(*words)
     assert code == 2 and told in out and "Traceback" not in out
 
+
+def test_what_stands_for_another_word_exists():
+    "Names in the answers are objectives, miners are those of the class, and no answer hides an objective of that very name."
+    for word, told in ELSEWHERE.items():
+        assert word == squeezed(word) and word not in map(squeezed, NAMES)
+        named = re.findall(r"`(\w+)`", told)
+        assert set(named) <= set(NAMES) and (named or "CrossBatchMemory" in told)
+    for miner in MINERS:
+        told = elsewhere(miner)
+        assert ("is a miner" in told) == (miner not in NAMES)
+        if f"{{miner: {miner}}}" in told: CLASSES["mined_triplet"](miner=miner)
+    for regulariser in REGULARISERS: CLASSES["regularised"](4, 8, regulariser=regulariser)
+    with pytest.raises(ValueError, match="did you mean 'margin'"): Recipe.from_paper("Margin")
+
+
+@pytest.mark.parametrize("loss, ours", [("NTXentLoss", "snca"), ("SupConLoss", "snca")])
+def test_an_alias_is_no_lie(loss, ours):
+    "With two images a class the peers' loss is ours, value and gradient."
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    found, y = [], torch.arange(12) // 2
+    for f in (getattr(losses, loss)(temperature=.2), CLASSES[ours](temperature=.2)):
+        leaf = torch.randn(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+        value = f(leaf, y)
+        found.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
 

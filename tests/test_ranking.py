@@ -214,7 +214,7 @@ def test_gradcheck_of_beta():
 def peers():
     pytest.importorskip("pytorch_metric_learning")
     from pytorch_metric_learning import losses
-    from pytorch_metric_learning.distances import DotProductSimilarity, LpDistance
+    from pytorch_metric_learning.distances import DotProductSimilarity, LpDistance, SNRDistance
     from pytorch_metric_learning.reducers import MeanReducer
     raw = DotProductSimilarity(normalize_embeddings=False)
     return {
@@ -231,12 +231,24 @@ def peers():
         "circle": (CircleLoss(), losses.CircleLoss(.4, 80)),
         "angular": (AngularLoss(), lambda z, y: losses.AngularLoss(45)(unit(z), y)),   # theirs leaves negatives unnormalised
         "snr": (SNRLoss(form="contrastive", margin=1., mean_weight=0., normalize=True), losses.SignalToNoiseRatioContrastiveLoss()),
-        "histogram": (HistogramLoss(), losses.HistogramLoss(n_bins=100)),
+        "snr raw": (SNRLoss(form="contrastive", margin=1., mean_weight=0.),              # the paper's: raw embeddings
+                    losses.SignalToNoiseRatioContrastiveLoss(distance=SNRDistance(normalize_embeddings=False))),
+        "histogram": (HistogramLoss(), in_float64(losses.HistogramLoss(n_bins=100))),
+        "histogram 37": (HistogramLoss(bins=37), in_float64(losses.HistogramLoss(n_bins=37))),
     }
 
 
+def in_float64(loss):
+    "PML's nodes are whole numbers times a float, so of torch's default type: in float32 they are wrong by 1e-6 of a bin."
+    def run(z, y):
+        torch.set_default_dtype(torch.float64)
+        try: return loss(z, y)
+        finally: torch.set_default_dtype(torch.float32)
+    return run
+
+
 PEERS = ["triplet", "triplet squared", "triplet raw", "lifted", "generalized_lifted", "margin", "margin class", "n_pair", "circle",
-         "angular", "snr", "histogram"]
+         "angular", "snr", "snr raw", "histogram", "histogram 37"]
 
 
 @pytest.mark.parametrize("which", PEERS)
@@ -254,9 +266,8 @@ def test_equal_pytorch_metric_learning(which, seed):
         beta = getattr(loss, "beta", None)
         grad, *rest = torch.autograd.grad(value, [leaf] if beta is None else [leaf, beta])
         grads.append(grad), betas.append(rest)
-    loose = which == "histogram"                                 # their nodes are float32 whatever the embeddings are
-    assert_close(*values, rtol=0, atol=1e-6 if loose else 1e-9)
-    assert_close(*grads, rtol=0, atol=1e-4 if loose else 1e-9)
+    assert_close(*values, rtol=0, atol=1e-9)
+    assert_close(*grads, rtol=0, atol=1e-9)
     if betas[0]: assert_close(*betas[0], *betas[1], rtol=0, atol=1e-9)
 
 
