@@ -267,6 +267,23 @@ def test_regularised_is_the_base_plus_its_term(base, options, kind, name):
         assert any(g is not None and g.abs().max() > 0 for g in contrast)
 
 
+@pytest.mark.parametrize("name, formula", [("mhe", "mhe 3.5"), ("mhe_angular", "mhe a2"), ("mhe_half", "mhe half"),
+                                           ("mhe_half_angular", "mhe half a1")])
+def test_each_variant_of_mhe_has_a_name_that_recipes_reach(name, formula):
+    z, y = batch()
+    lam = {"mhe 3.5": -3.5, "mhe half a1": -1.}.get(formula, -2.)
+    loss = objectives.make("regularised", 5, 4, regulariser=name, lam=lam, strength=.7).double()
+    extra = loss.parts(z, y).contrast - loss.objective.parts(z, y).contrast
+    assert_close(extra, .7 * plain(formula, loss.objective.weight.detach()), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [n for n in R.REGULARISERS if n.startswith("mhe")])
+@pytest.mark.parametrize("lam", [1., -13., -inf, float("nan"), "near"])
+def test_every_energy_refuses_an_exponent_that_it_cannot_take(name, lam):
+    with pytest.raises(ValueError, match=rf"lam must be in \[-12, 0\] for {name}, got"): R.check_lambda(name, lam)
+    for fine in (0, -.5, -12.): R.check_lambda(name, fine)
+
+
 def test_regularised_takes_a_built_objective_and_passes_its_counts_on():
     base = MultiSimilarityLoss()
     loss = R.Regularised(base=base, strength=.5)
@@ -403,7 +420,9 @@ def test_sum_order_and_dtype(name, options):
     (lambda: objectives.make("regularised"), ["num_classes", "dim"]),
     (lambda: objectives.make("regularised", 5, 4, regulariser="mse"), ["regulariser 'mse'", "'mhe'"]),
     (lambda: objectives.make("regularised", 5, 4, regulariser="mhe", lam=1.), ["lam", "[-12, 0]", "1.0", "'power'"]),
+    (lambda: objectives.make("regularised", 5, 4, regulariser="mhe_half", lam=-12.5), ["lam", "[-12, 0] for mhe_half", "-12.5", "'power'"]),
     (lambda: objectives.make("regularised", 5, 4, regulariser="gaussian", lam=0.), ["below 0", "gaussian"]),
+    (lambda: objectives.make("regularised", 5, 4, regulariser="gaussian", lam=-inf), ["below 0", "gaussian", "-inf"]),
     (lambda: objectives.make("regularised", 5, 4, lam=inf), ["finite", "inf"]),
     (lambda: objectives.make("regularised", 5, 4, lam="near"), ["lam", "'near'"]),
     (lambda: objectives.make("regularised", 5, 4, strength=0), ["strength", "> 0"]),

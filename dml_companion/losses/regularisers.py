@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Rule', 'REGULARISERS', 'centre_gradient', 'over_pairs', 'distances', 'off_diagonal', 'check_energy', 'pair_mean',
            'hyperspherical_energy', 'uniform_face', 'regular_face', 'log_exp_mean', 'power_mean', 'tail_mean',
-           'log_exp_separation', 'power_separation', 'gaussian_uniformity', 'draw_centres', 'centres_of', 'Regularised',
-           'soft_hinge', 'DANMLLoss']
+           'log_exp_separation', 'power_separation', 'gaussian_uniformity', 'draw_centres', 'check_lambda',
+           'centres_of', 'Regularised', 'soft_hinge', 'DANMLLoss']
 
 # %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c03
 from functools import partial
@@ -166,7 +166,7 @@ def gaussian_uniformity(centres: Tensor, # (C, D)
         return -t * log_exp_mean(off_diagonal(squares).flatten(), -t), weights.mul_(2 * t)
     return over_pairs(centres, rule)
 
-# %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c23
+# %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c24
 def draw_centres(centres: Tensor, # (C, D)
                  m: int | None, # how many to draw without replacement; None, or C and more: all
                 ) -> Tensor: # (min(m, C), D)
@@ -175,11 +175,23 @@ def draw_centres(centres: Tensor, # (C, D)
     if m is None or m >= len(centres): return centres
     return centres[torch.randperm(len(centres), device=centres.device)[:m]]
 
-# %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c26
+# %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c27
 REGULARISERS: dict[str, Callable[[Tensor, float], Tensor]] = { # name -> f(centres, lambda); below 0: near pairs
     "power": power_separation, "log_exp": log_exp_separation,
     "mhe": lambda P, lam: hyperspherical_energy(P, -lam), "gaussian": lambda P, lam: gaussian_uniformity(P, -lam),
+    "mhe_angular": lambda P, lam: hyperspherical_energy(P, -lam, angular=True),
+    "mhe_half": lambda P, lam: hyperspherical_energy(P, -lam, half_space=True),
+    "mhe_half_angular": lambda P, lam: hyperspherical_energy(P, -lam, angular=True, half_space=True),
     "uniform_face": lambda P, lam: uniform_face(P), "regular_face": lambda P, lam: regular_face(P)}
+
+def check_lambda(regulariser: str, # a name in REGULARISERS
+                 lam: float) -> None:
+    "ValueError for a lambda that the regulariser cannot take; all energies share MHE's limits."
+    energy, gauss = regulariser.startswith("mhe"), regulariser == "gaussian"
+    fits = isinstance(lam, Real) and abs(lam) < inf and (-12 <= lam <= 0 if energy else lam < 0 or not gauss)
+    if not fits:
+        limit = f"in [-12, 0] for {regulariser}" if energy else "below 0 for gaussian" if gauss else "a finite number"
+        raise ValueError(f"lam must be {limit}, got {lam!r}: 'power' and 'log_exp' take any finite one")
 
 def centres_of(objective: Objective, embeddings: Tensor, labels: Tensor, # (n, d), (n,)
               ) -> Tensor: # (C, d) proxies, else a classifier's weights, else the batch's class means on the sphere
@@ -191,7 +203,7 @@ def centres_of(objective: Objective, embeddings: Tensor, labels: Tensor, # (n, d
     found, own = labels.unique(return_inverse=True)
     return class_means(unit_rows(embeddings), own, len(found))
 
-# %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c27
+# %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c28
 @register("regularised", "regulariser", "Liu et al. 2018 and others", own=("proxies", "classifier"))
 class Regularised(Objective):
     "An objective plus a term that pushes its centres apart, which belongs to the contrast."
@@ -205,11 +217,7 @@ class Regularised(Objective):
                  centres: int | None = None): # how many centres are drawn a step; None: all
         super().__init__(num_classes, dim)
         check_choice(REGULARISERS, regulariser=regulariser); check_positive(strength=strength)
-        draw_centres(torch.zeros(2, 1), centres)
-        if not (isinstance(lam, Real) and
-                {"mhe": -12 <= lam <= 0, "gaussian": lam < 0}.get(regulariser, abs(lam) < inf)):
-            limit = {"mhe": "in [-12, 0] for mhe", "gaussian": "below 0 for gaussian"}.get(regulariser, "a finite number")
-            raise ValueError(f"lam must be {limit}, got {lam!r}: 'power' and 'log_exp' take any")
+        draw_centres(torch.zeros(2, 1), centres); check_lambda(regulariser, lam)
         built = isinstance(base, Objective)
         self.objective = base if built else find(base, base_options or {})(num_classes, dim, **(base_options or {}))
         self.base, self.regulariser, self.lam = type(base).__name__ if built else base, regulariser, lam
@@ -226,7 +234,7 @@ class Regularised(Objective):
         some = draw_centres(centres_of(self.objective, embeddings, labels), self.centres)
         return Parts(tightness, contrast + self.strength * REGULARISERS[self.regulariser](some, self.lam))
 
-# %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c45
+# %% ../../nbs/03_objectives/24_centre_regularisers.ipynb #c46
 def soft_hinge(sums: Tensor, # (n,) log sum exp over the pairs of each anchor
                weights: Tensor, # (n, n) its slopes
                counts: Tensor, # (n,) how many pairs it has
