@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUDGET', 'BASIC', 'STATES', 'NO_LOCKS', 'Strict', 'DataChoice', 'Row', 'Task', 'Search', 'bad_range', 'Resources',
            'Keeps', 'Profile', 'seeds_of', 'every_seed', 'read_yaml', 'design_points', 'trial_recipe', 'placed',
-           'with_trials', 'with_variants', 'profile_names', 'load_profile', 'search_of', 'checked_recipe',
+           'with_trials', 'followers', 'with_variants', 'profile_names', 'load_profile', 'search_of', 'checked_recipe',
            'checked_recipes', 'unequal', 'Parameter', 'annotated', 'parameters_of', 'check_parameters', 'Job',
            'train_job', 'labels_of', 'notebook_job', 'beside', 'spoilt', 'take_lock', 'is_locked', 'difference',
            'predecessor', 'judge', 'Plan', 'refresh', 'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks',
@@ -109,6 +109,7 @@ class Profile(Strict):
     rows: dict[str, Row] = {}
     vary: dict[str, list] = {} # recipe field -> values: one more row for each row and value, all else as it was
     lr_follows_batch: bool = False # a varied batch_size takes lr along in proportion (Goyal et al. 2017, Sec. 2.1)
+    warmup_follows_steps: bool = False # where a variant makes fewer steps, warmup shrinks in proportion
     notebooks: list[Task] = []
     train: str = TRAIN_NOTEBOOK
     resources: Resources = Resources()
@@ -205,20 +206,32 @@ def with_trials(profile: Profile) -> Profile:
     return profile.model_copy(update={"rows": rows})
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c18
+def followers(profile: Profile, row: str, field: str, value: Any) -> dict[str, Any]:
+    "The recipe fields that a varied one takes along; ValueError when they are not given."
+    usual, found = {**profile.base, **profile.rows[row].recipe}, {}
+    def given(flag, *needed):
+        if not set(needed) <= set(usual):
+            raise ValueError(f"profile {profile.name!r}, row {row!r}: {flag} needs {' and '.join(needed)}, in the row or in base")
+    if profile.lr_follows_batch and field == "batch_size":
+        given("lr_follows_batch", "lr", "batch_size")
+        found["lr"] = usual["lr"] * value / usual["batch_size"]
+    if profile.warmup_follows_steps and field in ("batch_size", "epochs"):
+        given("warmup_follows_steps", "warmup", field)
+        steps = usual[field] / value if field == "batch_size" else value / usual[field] # as a share of the usual number
+        if steps < 1: found["warmup"] = round(usual["warmup"] * steps)
+    return found
+
+
 def with_variants(profile: Profile) -> Profile:
     "Add `<row>_<field><value>` for each row that may vary and each value of `vary`."
     rows = {}
-    if profile.lr_follows_batch and "batch_size" not in profile.vary:
-        raise ValueError(f"profile {profile.name!r}: lr_follows_batch has no effect without batch_size in vary")
+    for flag, fields in (("lr_follows_batch", ["batch_size"]), ("warmup_follows_steps", ["batch_size", "epochs"])):
+        if getattr(profile, flag) and not set(fields) & set(profile.vary):
+            raise ValueError(f"profile {profile.name!r}: {flag} has no effect without {' or '.join(fields)} in vary")
     for row, spec in profile.rows.items():
         rows[row] = spec
         for field, value in ((f, v) for f, values in profile.vary.items() for v in values if spec.vary and not spec.control):
-            recipe, name = {**spec.recipe, field: value}, f"{row}_{field}{value}"
-            if field == "batch_size" and profile.lr_follows_batch:
-                usual = {**profile.base, **spec.recipe}
-                if not {"lr", "batch_size"} <= set(usual):
-                    raise ValueError(f"profile {profile.name!r}, row {row!r}: lr_follows_batch needs lr and batch_size, in the row or in base")
-                recipe["lr"] = usual["lr"] * value / usual["batch_size"]
+            recipe, name = {**spec.recipe, field: value, **followers(profile, row, field, value)}, f"{row}_{field}{value}"
             if name in rows: raise ValueError(f"profile {profile.name!r}: vary gives {name!r} twice")
             label = f"{spec.label or style_of(row)['label']}, {field.replace('_', ' ')} {value}"
             rows[name] = spec.model_copy(update={"recipe": recipe, "label": label})

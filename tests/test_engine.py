@@ -254,6 +254,8 @@ def test_code_that_changes_under_a_run_is_not_sealed(root):
     ({"search": {"own": {"small": {"lr": [0, 1, "lin"]}, "large": {"lr": [.1, 1, "log"]}}}}, "ends in log, linear or choice"),
     ({"search": {"own": {"small": {"lr": [.1, "choice"]}, "large": {"lr": [.1, 1, "log"]}}}}, "a choice needs different values"),
     ({"lr_follows_batch": True}, "no effect without batch_size in vary"),
+    ({"warmup_follows_steps": True, "vary": {"dim": [8]}}, "no effect without batch_size or epochs in vary"),
+    ({"vary": {"epochs": [8]}, "warmup_follows_steps": True}, "needs warmup and epochs, in the row or in base"),
     ({"vary": {"batch_size": [8]}, "lr_follows_batch": True}, "needs lr and batch_size, in the row or in base"),
     ({"vary": {"dim": [8, 8]}}, "'large_dim8' twice"), ({"vary": {"dmi": [8]}}, "row 'large_dmi8'")])
 def test_a_bad_profile_is_refused_before_any_work(root, change, words, capsys):
@@ -343,6 +345,9 @@ def test_vary_repeats_rows_with_one_field_changed():
     assert rows["a_dim8"].recipe == {"lr": .1, "dim": 8} and rows["a"].recipe == {"lr": .1} and rows["a_dim8"].label == "A, dim 8"
     rows = P.with_variants(profile.model_copy(update=dict(vary={"batch_size": [8], "dim": [8]}, base={"batch_size": 32, "lr": 1.}, lr_follows_batch=True))).rows
     assert rows["a_batch_size8"].recipe == {"batch_size": 8, "lr": .025} and rows["a_dim8"].recipe == {"lr": .1, "dim": 8}
+    rows = P.with_variants(profile.model_copy(update=dict(vary={"batch_size": [8, 64], "epochs": [2, 16]}, warmup_follows_steps=True,
+                                                          base={"batch_size": 32, "epochs": 8, "warmup": 100}))).rows
+    assert [rows[f"a_{end}"].recipe.get("warmup") for end in ("batch_size8", "batch_size64", "epochs2", "epochs16")] == [None, 50, 25, None]
 
 # ---------------------------------------------------------------- single parts
 
