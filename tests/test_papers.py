@@ -11,6 +11,7 @@ from dml_companion.cli import app
 from dml_companion.objective import catalogue, find, locate, options
 from dml_companion.losses.regularisers import REGULARISERS
 from dml_companion.mining import MINERS
+from dml_companion.objectives import make
 from dml_companion.encoders import PRETRAINED
 from dml_companion.papers import (CARDS, ELSEWHERE, GAPS, PHOTOGRAPHS, REVISIT, SETTINGS, as_yaml, card, default_fields, drawer,
                                   elsewhere, fields, page, squeezed)
