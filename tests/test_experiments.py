@@ -20,7 +20,7 @@ def rows_of(path):
 
 
 def test_the_reference_is_there():
-    assert {"quick", "glyphs", "omniglot", "grocery", "grocery_128", "sweeps", "tune_glyphs", "tune_grocery"} <= {p.name for p in REFERENCE}
+    assert {"quick", "glyphs", "omniglot", "grocery", "sweeps", "tune_glyphs", "tune_grocery"} <= {p.name for p in REFERENCE}
     for name, seeds in (("glyphs", 5), ("omniglot", 5), ("grocery", 5)):
         for row in ("cross_entropy", "multi_similarity"): assert len({r.seed for r in load_records(ROOT / "figures" / name) if r.row == row}) == seeds
 
