@@ -99,7 +99,7 @@ def test_turns_are_recounted_from_the_records():
     assert (found.id, found.cases, found.violations) == ("31.3", cases, len(turns))
 
 
-@pytest.mark.parametrize("folder", CLAIMED, ids=names)
+@pytest.mark.parametrize("folder", [p for p in CLAIMED if (p / "claims/32.1.json").exists()], ids=names)
 def test_claims_about_spce_are_recounted_from_the_curves(folder):
     from scipy.stats import spearmanr
     runs = {}
