@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
-from .profiles import Job, Plan, beside, check_parameters, is_locked, read_yaml, spoilt, take_lock
+from .profiles import Job, Plan, beside, check_parameters, is_locked, read_yaml, spoilt, take_lock, variant_name
 from .reproduction import (digest, file_digest, load_record, notebook_digest, now, package_folder,
     nearest_name, project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
 
@@ -502,7 +502,8 @@ def readable(plan: Plan) -> dict[str, Job]: # name of the reading copy -> job
     for job in plan.jobs:
         name = stem = Path(job.notebook).stem
         if job.kind == "train":
-            varied = any(job.row == f"{row}_{field}{value}" for row in every for field, value in job.recipe.items()) # as `with_variants` names them
+            tails = (variant_name("", field, value) for field, value in job.recipe.items())
+            varied = any(job.row.endswith(tail) and job.row.removesuffix(tail) in every for tail in tails)
             if varied or job.row in rows or job.parameters.get("evaluate_on") == "validation": continue
             rows.add(job.row); name = f"{stem}-{job.row}-s{job.seed}"
         while name in chosen: name += "-again"
@@ -572,15 +573,15 @@ BUDGET = 12_000_000 # bytes of all reading copies together
 
 def publish(plan: Plan, root: Path) -> None:
     "Copy records, reading copies, front page and provenance of a finished plan into its figures folder."
-    figures, drawn = root / plan.figures, figure_files(plan, root)
+    figures, drawn, copied = root / plan.figures, figure_files(plan, root), readable(plan)
     old = (read_json(figures / "provenance.json") or {}).get("files", {})
     copies = {f"notebooks/{name}.ipynb": reading_copy(root / job.notebook, root / job.output, root, job.parameters.get("data", "")).encode()
-              for name, job in readable(plan).items()}
+              for name, job in copied.items()}
     size = sum(map(len, copies.values()))
     if size > BUDGET: raise ValueError(f"the reading copies take {size / 1e6:.1f} MB, more than {BUDGET / 1e6:.0f}: draw less")
     folders = [(root / j.output).parent for j in plan.jobs if j.kind == "train"]
     files = copies | {f"records/{load_record(f).label}.json": (f / "record.json").read_bytes() for f in folders}
-    files["README.md"] = front_page(plan, drawn, list(readable(plan)), root).encode()
+    files["README.md"] = front_page(plan, drawn, list(copied), root).encode()
     everything = drawn | {name: digest(content) for name, content in files.items()}
     files["provenance.json"] = (json.dumps(provenance_of(plan, everything, root), indent=1, ensure_ascii=False) + "\n").encode()
     for name, content in files.items():

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BUDGET', 'BASIC', 'STATES', 'NO_LOCKS', 'Strict', 'DataChoice', 'Row', 'Task', 'Search', 'bad_range', 'Resources',
            'Keeps', 'Profile', 'seeds_of', 'every_seed', 'read_yaml', 'design_points', 'trial_recipe', 'placed',
-           'with_trials', 'followers', 'with_variants', 'profile_names', 'load_profile', 'search_of', 'checked_recipe',
-           'checked_recipes', 'unequal', 'Parameter', 'annotated', 'parameters_of', 'check_parameters', 'Job',
-           'train_job', 'labels_of', 'notebook_job', 'beside', 'spoilt', 'take_lock', 'is_locked', 'difference',
-           'predecessor', 'judge', 'Plan', 'refresh', 'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks',
-           'plan', 'records_of']
+           'with_trials', 'followers', 'variant_name', 'with_variants', 'profile_names', 'load_profile', 'search_of',
+           'checked_recipe', 'checked_recipes', 'unequal', 'Parameter', 'annotated', 'parameters_of',
+           'check_parameters', 'Job', 'train_job', 'labels_of', 'notebook_job', 'beside', 'spoilt', 'take_lock',
+           'is_locked', 'difference', 'predecessor', 'judge', 'Plan', 'refresh', 'data_digests', 'check_on_data',
+           'gpu_count', 'check_notebooks', 'plan', 'records_of']
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c02
 import ast, errno, fcntl, os, re, sys
@@ -222,6 +222,11 @@ def followers(profile: Profile, row: str, field: str, value: Any) -> dict[str, A
     return found
 
 
+def variant_name(row: str, field: str, value) -> str:
+    "What the copy of a row with another value of a field is called; `reproduce` tells varied rows by it."
+    return f"{row}_{field}{value}"
+
+
 def with_variants(profile: Profile) -> Profile:
     "Add `<row>_<field><value>` for each row that may vary and each value of `vary`."
     rows = {}
@@ -231,7 +236,7 @@ def with_variants(profile: Profile) -> Profile:
     for row, spec in profile.rows.items():
         rows[row] = spec
         for field, value in ((f, v) for f, values in profile.vary.items() for v in values if spec.vary and not spec.control):
-            recipe, name = {**spec.recipe, field: value, **followers(profile, row, field, value)}, f"{row}_{field}{value}"
+            recipe, name = {**spec.recipe, field: value, **followers(profile, row, field, value)}, variant_name(row, field, value)
             if name in rows: raise ValueError(f"profile {profile.name!r}: vary gives {name!r} twice")
             label = f"{spec.label or style_of(row)['label']}, {field.replace('_', ' ')} {value}"
             rows[name] = spec.model_copy(update={"recipe": recipe, "label": label})

@@ -20,9 +20,9 @@ def rows_of(path):
 
 
 def test_the_reference_is_there():
-    assert {"quick", "glyphs", "omniglot", "grocery", "grocery_128", "sweeps", "tune_glyphs", "tune_grocery"} <= {p.name for p in REFERENCE}
-    for name, seeds in (("glyphs", 5), ("omniglot", 5), ("grocery", 5)):
-        for row in ("cross_entropy", "multi_similarity"): assert len({r.seed for r in load_records(ROOT / "figures" / name) if r.row == row}) == seeds
+    assert {"quick", "glyphs", "omniglot", "grocery", "sweeps", "tune_glyphs", "tune_grocery"} <= {p.name for p in REFERENCE}
+    for name, last in (("glyphs", "snca_norm"), ("omniglot", "snca_norm"), ("grocery", "spce")):
+        for row in ("cross_entropy", last): assert len({r.seed for r in load_records(ROOT / "figures" / name) if r.row == row}) == 5
 
 
 @pytest.mark.parametrize("folder", REFERENCE, ids=names)
@@ -76,11 +76,10 @@ def test_claims_about_retrieval_are_recounted_from_the_records(folder):
     by_row = {}
     for r in load_records(folder): by_row.setdefault(r.row, {})[r.seed] = r.metrics["cosine/recall@1"]
     for id, base in (("31.1", "cross_entropy"), ("31.2", "cross_entropy_norm")):
-        if base not in by_row: continue
-        rivals = [f"{row}_norm" if "norm" in base and f"{row}_norm" in by_row else row for row in ("center", "contrastive", "snca", "multi_similarity") if row in by_row]
+        rivals = [f"{row}_norm" if "norm" in base and f"{row}_norm" in by_row else row for row in ("center", "contrastive", "snca", "multi_similarity")]
         gaps = [mean_interval([by_row[row][s] - by_row[base][s] for s in sorted(by_row[row])]) for row in rivals]
         found = claims_of(folder)[id]
-        assert (found.cases, found.violations) == (1 if folder.name == "grocery_128" else 4, sum(mean - half > 0 for mean, half in gaps))
+        assert (found.cases, found.violations) == (4, sum(mean - half > 0 for mean, half in gaps))
         assert found.worst == pytest.approx(max(mean for mean, _ in gaps), abs=1e-12)
 
 
@@ -99,7 +98,7 @@ def test_turns_are_recounted_from_the_records():
     assert (found.id, found.cases, found.violations) == ("31.3", cases, len(turns))
 
 
-@pytest.mark.parametrize("folder", CLAIMED, ids=names)
+@pytest.mark.parametrize("folder", [p for p in CLAIMED if (p / "claims/32.1.json").exists()], ids=names)
 def test_claims_about_spce_are_recounted_from_the_curves(folder):
     from scipy.stats import spearmanr
     runs = {}
