@@ -222,7 +222,7 @@ def followers(profile: Profile, row: str, field: str, value: Any) -> dict[str, A
     return found
 
 
-def variant_name(row: str, field: str, value) -> str:
+def variant_name(row: str, field: str, value: Any) -> str:
     "What the copy of a row with another value of a field is called; `reproduce` tells varied rows by it."
     return f"{row}_{field}{value}"
 
