@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 from tqdm import tqdm
-from .datasets import (BrokenImage, Dataset, Files, IMAGE_ENDINGS, MissingData, Sides, Source, Split,
+from .datasets import (BadArchive, BrokenImage, Dataset, Files, IMAGE_ENDINGS, MissingData, Sides, Source, Split,
                                     assemble, ensure_pack, folder_files, hidden, image_classes, read_image, sha256_json,
                                     take_classes, unseen_classes, zip_files)
 from .encoders import Encoder, PRETRAINED, build_encoder, check_known, embed, fill
@@ -53,6 +53,8 @@ def open_photos(root: str | Path, # folder of class folders, folder of images, o
     root = Path(root).expanduser()
     if not root.exists(): raise MissingData(f"{root} is not there: give a folder of photographs, or a zip of it")
     if root.is_file() and not zipfile.is_zipfile(root):
+        with open(root, "rb") as f:
+            if f.read(4) == b"PK\x03\x04": raise BadArchive(f"{root} is a zip archive that was cut short or damaged: copy it again")
         raise ValueError(f"{root} is neither a folder nor a zip archive: give the folder that holds the photographs")
     try: files = folder_files(root) if root.is_dir() else zip_files(root)
     except UnicodeEncodeError as e:
@@ -103,7 +105,7 @@ def read_photos(photos: Photos,
                 size: int, # side in pixels
                 skip_broken: bool = False, # leave out what cannot be read instead of raising
                ) -> tuple[np.ndarray, dict[str, str]]: # (m, 3, size, size) uint8 of the readable ones, {file: fault}
-    "Decode images in threads; raises `BrokenImage`, which names the first that cannot be read."
+    "Decode images in threads; raises `BrokenImage`, which names those that cannot be read."
     def attempt(name):
         try: return read_photo(photos.files, name, size)
         except BrokenImage as e: return e
@@ -111,7 +113,10 @@ def read_photos(photos: Photos,
         warnings.simplefilter("ignore")                      # Pillow's remarks about odd metadata
         found = list(pool.map(attempt, names))
     broken = {n: str(x.__cause__) for n, x in zip(names, found) if isinstance(x, BrokenImage)}
-    if broken and not skip_broken: raise next(x for x in found if isinstance(x, BrokenImage))
+    if broken and not skip_broken:
+        first, *others = broken
+        more = f". Also: {', '.join(others[:5])}" + (f" and {len(others) - 5} more" if len(others) > 5 else "") if others else ""
+        raise BrokenImage(f"{(error := found[list(names).index(first)])}{more}") from error
     images = [x for x in found if not isinstance(x, BrokenImage)]
     return np.stack(images) if images else np.empty((0, 3, size, size), np.uint8), broken
 
@@ -231,7 +236,7 @@ class Embeddings:
 def read_embeddings(path: str | Path) -> Embeddings:
     "Read what `Embeddings.save` wrote; ValueError says what is wrong with a file that is something else."
     path = Path(path).expanduser()
-    if not path.is_file(): raise MissingData(f"{path} is not there: make it with `dml-companion embed`")
+    if not path.is_file(): raise MissingData(f"{path} is {'a folder, no file of embeddings' if path.is_dir() else 'not there'}: make it with `dml-companion embed`")
     bad = lambda why: ValueError(f"{path} is no sound file of embeddings ({why}): make it with `dml-companion embed`")
     if not zipfile.is_zipfile(path): raise bad("it is no .npz, or was cut short")
     try:
@@ -265,7 +270,7 @@ def embed_photos(photos: Photos | str | Path, # as listed by `open_photos`, or t
                  device: str = "auto", # "auto", "cpu" or "cuda"
                  progress: bool = False, # show a bar
                 ) -> Embeddings:
-    "Embed photographs; raises `BrokenImage` for the first unreadable file unless `skip_broken`."
+    "Embed photographs; raises `BrokenImage` for unreadable files unless `skip_broken`."
     photos = photos if isinstance(photos, Photos) else open_photos(photos)
     where = pick_device(device)
     todo = [photos.names[i:i + PIECE] for i in range(0, len(photos.names), PIECE)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dml_companion.profiles import load_profile
+from dml_companion.profiles import checked_recipes, load_profile
 from dml_companion.reproduction import load_claims, load_records, mean_interval
 
 ROOT = Path(__file__).parents[1]
@@ -165,6 +165,28 @@ def test_profiles_hold_the_winners_of_the_search(name, tuned_by):
         recipe, trial = profile.rows[row].recipe, search.rows[f"{row}_t{line['trial']}"].recipe
         assert recipe == trial and recipe["lr"] == float(line["lr"])
         for i in (1, 2): assert float(searched(recipe, line[f"own {i}"])) == float(line[f"value {i}"])
+
+
+AUTHORS = { # commands in the README of the paper's code, and its defaults
+    "cub": dict(epochs=30, lr=.02, momentum=0, norm="none", nesterov=False), "cars196": dict(epochs=100, lr=.05, momentum=0, norm="batch", nesterov=False),
+    **{name: dict(epochs=100, lr=.003, momentum=.99, norm="batch", nesterov=True) for name in ("sop", "inshop")}}
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_the_papers_benchmarks_have_their_profiles(name):
+    "The authors' command is a row, and all others are rows of the benchmark's own search, with the parameters that it searches."
+    profile, search = load_profile(name), load_profile(f"tune_{name}")
+    assert profile.data.name == search.data.name == name and profile.tuned_by == f"tune_{name}" and len(profile.seeds) == 5
+    recipes = checked_recipes(profile)
+    said = dict(encoder="resnet50", pretrained=True, size=224, batch_size=128, warmup=100, schedule="warmcos", weight_decay=5e-4, dim=None)
+    authors = recipes["authors"] | {"smoothing": recipes["authors"]["objective_options"]["label_smoothing"]}
+    assert {k: authors[k] for k in {**said, **AUTHORS[name], "dropout": 0, "smoothing": 0}} == {**said, **AUTHORS[name], "dropout": .5, "smoothing": .1}
+    assert set(profile.rows) == {*search.search.own, "untrained", "authors"}
+    for row in search.search.own:
+        given = {k for k, v in profile.rows[row].recipe.items() if not isinstance(v, dict)} | {f"objective_options.{k}" for k in profile.rows[row].recipe["objective_options"]}
+        assert set(search.search.space(row)) <= given
+        trial = checked_recipes(search)[f"{row}_t0"]
+        assert all(trial[k] == recipes[row][k] for k in said) and trial["objective"] == recipes[row]["objective"]
 
 
 @pytest.mark.parametrize("search", SEARCHES)
