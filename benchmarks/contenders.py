@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from dml_companion import objectives
-from dml_companion.geometry import normalize
-from dml_companion.mining import DistanceWeightedMiner
 
 DIM, CLASSES, PER_CLASS = 512, 1024, 4
 PANELS = {"pairs": "Pairs", "hinges": "Triplets and hinges", "lists": "Lists and histograms",
@@ -32,23 +30,8 @@ class Contender(NamedTuple):
     centers: int = 1            # a class, for the floor over classes
 
     def make(self) -> torch.nn.Module:
-        "The objective, or the composition that is not registered."
-        if self.name == MinedMargin.name: return MinedMargin()
+        "The objective."
         return objectives.make(self.name, CLASSES, DIM, **self.options)
-
-
-class MinedMargin(torch.nn.Module):
-    "Margin hinges on what our distance-weighted miner drew; the registered `margin` takes all pairs: another loss."
-    name = "margin on mined triplets"
-    def __init__(self, margin: float = .2, beta: float = 1.2):
-        super().__init__()
-        self.margin, self.beta, self.miner = margin, torch.nn.Parameter(torch.tensor(beta)), DistanceWeightedMiner()
-    def forward(self, z, y):
-        a, p, k = self.miner(z, y)
-        unit = normalize(z)
-        near, far = (F.pairwise_distance(unit[a], unit[i], eps=0) for i in (p, k))
-        pull, push = (near - self.beta + self.margin).relu(), (self.beta - far + self.margin).relu()
-        return (pull.sum() + push.sum()) / ((pull > 0).sum() + (push > 0).sum()).clamp_min(1)
 
 
 def classes(name, peer=None, centers=1, panel="classes", **options):
@@ -72,7 +55,7 @@ CONTENDERS = {
     "triplet, all semi-hard": Contender("mined_triplet", "hinges", dict(miner="semihard_all", squared=False),
                                         "semihard"),
     "margin, all pairs": Contender("margin", "hinges", {}, "margin"),
-    "margin, distance-weighted": Contender(MinedMargin.name, "hinges", {}, "margin mined"),
+    "margin, distance-weighted": Contender("mined", "hinges", {}, "margin mined"),
     "quadruplet": Contender("quadruplet", "hinges"),
     "SNR, triplet": Contender("snr", "hinges"),
     "SNR, contrastive": Contender("snr", "lists", dict(form="contrastive", margin=1., mean_weight=0., normalize=True),

@@ -306,7 +306,7 @@ def test_poor_batches_of_other_types_are_finite(name, dtype): base.test_poor_bat
 @pytest.mark.parametrize("name, settings_", VARIANTS)
 def test_protocol(name, settings_):
     base.test_forward_is_the_sum_of_the_parts(name, settings_)
-    base.test_half_precision_batches_are_computed_in_float32(name, settings_)
+    for half in (torch.bfloat16, torch.float16): base.test_half_precision_batches_are_computed_in_float32(name, settings_, half)
 
 
 @pytest.mark.parametrize("name, settings_", VARIANTS)
