@@ -1,6 +1,6 @@
 # make reproduce            the quick profile: train, tabulate, draw (PROFILE=omniglot picks another)
 # make tune                 the search behind a profile's hyper-parameters, the same budget for every objective
-# make test                 the whole test suite, smoke profile included
+# make test                 the whole test suite, smoke profile included, in two processes (JOBS=8: in eight; ARGS="-n0 --pdb": in this one)
 # make lab                  read the notebooks in JupyterLab
 # make bench                losses, memory, compilation, retrieval against floors, limits and pytorch-metric-learning
 # make setup LOCK=1         the environment in which the committed figures were made, package by package
@@ -10,6 +10,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 PROFILE ?= quick
 ARGS    ?=
+JOBS    ?= 2
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 
@@ -36,7 +37,7 @@ status: $(READY)
 	$(BIN)/dml-companion status --profile $(PROFILE)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

@@ -6,11 +6,12 @@
 __all__ = ['Gradient', 'Rule', 'CATALOGUE', 'PACKAGE', 'Parts', 'check_batch', 'check_cloud', 'options', 'Objective',
            'check_positive', 'check_fraction', 'unknown', 'check_choice', 'closed_form', 'similarity_gradient',
            'unit_rows', 'check_sizes', 'check_labels', 'LinearClassifier', 'Entry', 'register', 'loss_modules',
-           'catalogue', 'locate', 'find', 'try_objective', 'shown_defaults']
+           'catalogue', 'registered', 'locate', 'find', 'try_objective', 'shown_defaults']
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c02
 import ast, pkgutil
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature, Parameter as Argument
@@ -280,14 +281,19 @@ def catalogue() -> dict[str, Entry]: # name -> entry, sorted
     for module in loss_modules(): import_module(module)
     return dict(sorted(CATALOGUE.items()))
 
+@lru_cache(maxsize=None)
+def registered(path: str, changed: int) -> dict[str, str]: # name -> class
+    "What the classes of one file register; `changed` is its time stamp, so that an edited file is read again."
+    tree = ast.parse(Path(path).read_text(encoding="utf8"))
+    calls = ((cls.name, call) for cls in tree.body if isinstance(cls, ast.ClassDef) for call in cls.decorator_list if isinstance(call, ast.Call))
+    return {call.args[0].value: cls for cls, call in calls if ast.unparse(call.func) == "register"}
+
 def locate() -> dict[str, str]: # name -> "module:Class"
     "Where each registered objective is defined, read from the source: nothing is imported."
     found = {name: entry.path for name, entry in CATALOGUE.items()}
     for module in loss_modules():
-        tree = ast.parse(Path(find_spec(module).origin).read_text(encoding="utf8"))
-        for cls in (n for n in tree.body if isinstance(n, ast.ClassDef)):
-            for call in (d for d in cls.decorator_list if isinstance(d, ast.Call)):
-                if ast.unparse(call.func) == "register": found[call.args[0].value] = f"{module}:{cls.name}"
+        path = find_spec(module).origin
+        found |= {name: f"{module}:{cls}" for name, cls in registered(path, Path(path).stat().st_mtime_ns).items()}
     return dict(sorted(found.items()))
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c49
