@@ -135,9 +135,10 @@ LIMITS = {"lifted": 512, "histogram": 512, "triplet": 1024, "semihard": 1024, "m
 
 def peer_bytes(peer: str, # one of make_peers()
                size: int, # B
-              ) -> int: # what its largest tensors take together, roughly; 0 if none grows like B^3
-    "What peers need that enumerate triplets, or positive pairs times negative pairs: decided before they are run."
+              ) -> int: # what its largest tensors take together, roughly; 0 if none outgrows (B, B)
+    "What peers need that enumerate triplets, positive pairs times negative pairs, or differences: decided before they are run."
     triplets = size * (PER_CLASS - 1) * (size - PER_CLASS)
+    if peer == "snr": return 16 * size**2 * DIM             # all differences of all embeddings, a few times
     if peer == "lifted": return 26 * size * triplets         # a few floats and masks for each pair of pairs
     if peer in LIMITS: return 3 * size**3 + 100 * triplets  # masks of B^3; three index tensors and what follows
     return 0

@@ -715,7 +715,7 @@ def test_benchmark_peers_mean_the_same(monkeypatch):
     for label in compared:
         c = PAIRWISE[label]
         assert_close(c.make()(z, y), theirs[c.peer](z, y), rtol=1e-3, atol=1e-5, msg=lambda m: f"{label}: {m}", check_dtype=False)
-    assert peer_bytes("lifted", 1024) > 50e9 and peer_bytes("lifted", 128) < 1e9 and peer_bytes("circle", 4096) == 0
+    assert peer_bytes("lifted", 1024) > 50e9 and peer_bytes("lifted", 128) < 1e9 and peer_bytes("circle", 4096) == 0 and peer_bytes("snr", 4096) > 100e9
 
 
 def test_benchmark_of_memory_and_of_compilation(tmp_path, monkeypatch):
