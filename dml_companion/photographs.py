@@ -114,9 +114,9 @@ def read_photos(photos: Photos,
         found = list(pool.map(attempt, names))
     broken = {n: str(x.__cause__) for n, x in zip(names, found) if isinstance(x, BrokenImage)}
     if broken and not skip_broken:
-        first, *others = broken
+        others, error = list(broken)[1:], next(x for x in found if isinstance(x, BrokenImage))
         more = f". Also: {', '.join(others[:5])}" + (f" and {len(others) - 5} more" if len(others) > 5 else "") if others else ""
-        raise BrokenImage(f"{(error := found[list(names).index(first)])}{more}") from error
+        raise BrokenImage(f"{error}{more}") from error
     images = [x for x in found if not isinstance(x, BrokenImage)]
     return np.stack(images) if images else np.empty((0, 3, size, size), np.uint8), broken
 
