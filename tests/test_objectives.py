@@ -577,7 +577,7 @@ TABLE = protocol.catalogue()
 
 
 def made(name, *sizes, **given):
-    "As `objectives.make`, which reads every module's source each time."
+    "The class itself, without the checks of `objectives.make`."
     module, cls = TABLE[name].path.split(":")
     return getattr(import_module(module), cls)(*sizes, **given)
 
@@ -611,6 +611,15 @@ def test_sizes_are_whole_numbers(name):
     for sizes in ((2.5, D), (-1, D), (K, 2.5), (K, -1), ("x", D), (K, nan)):
         with pytest.raises(ValueError) as e: (objectives.make if name in TORCHS else made)(name, *sizes)
         assert ("num_classes" if sizes[1] == D else "dim") in str(e.value) and "whole number of at least 1" in str(e.value)
+
+
+@pytest.mark.parametrize("bad", (nan, float("inf")))
+@pytest.mark.parametrize("name", sorted(protocol.locate()))
+def test_a_diverged_embedding_shows_in_the_loss(name, bad):
+    "A loss that hides it lets a training run go on with weights that are no numbers."
+    z, y = batch(12, 8, 4)
+    z[3, 2] = bad
+    assert not objectives.make(name, 4, 8)(z.float(), y).isfinite()
 
 
 def test_known_names_come_nearest_first():

@@ -219,7 +219,7 @@ class GeneralizedLiftedLoss(SoftRanking):
     def rank(self, sizes: Tensor, near: Near, close: Tensor, far: Tensor):
         "Where the hinge is open, both terms count."
         valid, (pull, shares) = some_of_each(sizes), log_sum_near(close, near)
-        w = anchor_weights(valid, self.reduction, close) * (valid & (pull + far > 0))
+        w = anchor_weights(valid, self.reduction, close) * (valid & ~(pull + far <= 0))      # a NaN stays one
         pull, far = pull.where(w > 0, 0), far.where(w > 0, 0)
         return w @ pull, w @ far, shares * w[:, None], torch.zeros_like(shares), w
 
@@ -728,7 +728,7 @@ def soft_bins(cosines: Tensor, # (...) any shape
              ) -> tuple[Tensor, Tensor]: # (bins + 1,) weight at each node; (...) int64 left node of each
     "A histogram in which each value is shared linearly by its two nodes."
     x = cosines.add(1).mul_(bins / 2).clamp_(0, bins)
-    left = x.long().clamp_max_(bins - 1)
+    left = x.long().clamp_(0, bins - 1)                # a NaN has no place, and makes every weight one
     right = (x - left).mul_(weights)
     h = cosines.new_zeros(bins + 1).index_add_(0, left.flatten(), (weights - right).flatten())
     return h.index_add_(0, left.flatten() + 1, right.flatten()), left
