@@ -343,7 +343,7 @@ CARDS["circle"] = Card(
     year=2020,
     paper="Sun et al.: Circle Loss, CVPR 2020, eqs. 4 to 6",
     formula=r"\log\Big[1+\sum_ke^{\gamma[s_k+m]_+(s_k-m)}\sum_pe^{-\gamma[1+m-s_p]_+(s_p-1+m)}\Big]",
-    plain="softplus(LSE_N gamma a_n (s - m) + LSE_P -gamma a_p (s - 1 + m)), a held constant",
+    plain="softplus(LSE_N gamma a_n (s - m) + LSE_P -gamma a_p (s - 1 + m)), a taken as a constant",
     cost="n²d", natural=False,
     split="the log-sum over positives where the softplus is open; the rest",
     tune=(Knob("gamma", (32., 256.), "log", "the loss grows in proportion: lower lr, or clip, with it"),
@@ -761,7 +761,9 @@ ELSEWHERE: dict[str, str] = { # a word as `squeezed` leaves it -> what it means 
     "facenet": "`mined_triplet` with miner='semihard'", "batchhard": "`mined_triplet` with miner='hard'",
     **dict.fromkeys(("xbm", "crossbatchmemory"),
                     f"no recipe can hold a memory of earlier batches; in a loop of your own: {LINE}; "
-                    "CrossBatchMemory(dim=128, pairs='contrastive') (26_memory)")}
+                    "CrossBatchMemory(dim=128, pairs='contrastive') (26_memory)"),
+    "pads": "a policy that moves a miner's bins while it trains, so no recipe can hold it; notebook 21c trains one. The bins alone: "
+            "`mined_triplet` with objective_options: {miner: bins}"}
 
 def squeezed(word: str) -> str:
     "Small letters, digits and plus; without the word loss at the end."
@@ -787,6 +789,7 @@ ORDER = sorted(Recipe.model_fields, key=lambda field: not field.startswith("obje
 
 def card(name: str) -> Card: # of a registered objective
     "The card of an objective; ValueError for an unknown name says what it means here, or the nearest known ones."
+    if not isinstance(name, str): raise ValueError(f"an objective is named by a word, got {name!r}: dml-companion objectives lists them")
     if name in CARDS: return CARDS[name]
     if told := elsewhere(name): raise ValueError(f"unknown objective {name!r}: {told}")
     raise unknown("objective", name, CARDS)
@@ -820,7 +823,8 @@ def default_fields(name: str) -> list[str]:
 
 def as_yaml(name: str) -> str: # one field a line, read back by `Recipe.load`
     "The recipe of a card as YAML, with comments where a field was not read in its source."
-    legend = f"{name}. Unmarked lines: {card(name).source}. The others say whose they are."
+    told = f"Unmarked lines: {card(name).source}" if card(name).said else f"No line was read in its source ({card(name).source})"
+    legend = f"{name}. {told}. The others say whose they are."
     lines = fill(legend, 96, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False).split("\n")
     for field, value in fields(name).items():
         shown = yaml.safe_dump(listed(value), default_flow_style=True, width=1000).split("\n")[0]

@@ -722,6 +722,8 @@ def _from_paper(cls: type[Recipe],
                 name: str, # of an objective
                 **changes: Any, # fields that shall differ from the paper's; objective_options replace the paper's
                ) -> Recipe:
-    "The published recipe of an objective; `dml-companion objectives NAME` says what it leaves out. ValueError for a bad name."
+    "The published recipe of an objective; `dml-companion objectives NAME` says what it leaves out. ValueError for a bad name or option."
     from importlib import import_module
-    return cls.load({**import_module("dml_companion.papers").fields(name), **changes})
+    recipe = cls.load({**import_module("dml_companion.papers").fields(name), **changes})
+    import_module("dml_companion.objective").try_objective(recipe.objective, recipe.objective_options)
+    return recipe

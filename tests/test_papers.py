@@ -135,6 +135,10 @@ def test_changes_are_validated_with_the_rest():
     with pytest.raises(ValueError, match="did you mean 'lr'"): Recipe.from_paper("arcface", learning_rate=.1)
     with pytest.raises(ValueError, match="multiple of per_class"): Recipe.from_paper("multi_similarity", batch_size=81)
     with pytest.raises(ValueError, match="nothing like it|unknown objective"): card("")
+    with pytest.raises(ValueError, match="option of arcface 'foo'"): Recipe.from_paper("arcface", objective_options={"foo": 1})
+    with pytest.raises(ValueError, match="28.6.*radians"): Recipe.from_paper("arcface", objective_options={"margin": 28.6})
+    with pytest.raises(ValueError, match="a word, got None"): Recipe.from_paper(None)
+    with pytest.raises(ValueError, match="'pads'.*notebook 21c"): Recipe.from_paper("pads")
 
 
 def test_a_user_needs_one_import():
