@@ -1,6 +1,6 @@
 """Miners: loops and pytorch-metric-learning as oracles, frequencies of draws, poor batches, size of tensors, resuming."""
 from copy import deepcopy
-from math import exp, log
+from math import exp, log, radians, tan
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dml_companion import mining, objectives
 from dml_companion.geometry import normalize
 from dml_companion.losses.mined import BASES, OF_TRIPLETS, Mined, MinedTriplet, choose, stranger, told
-from dml_companion.losses.pairwise import ContrastiveLoss, MultiSimilarityLoss
-from dml_companion.losses.ranking import MarginLoss, QuadrupletLoss, SNRLoss, TripletLoss
+from dml_companion.losses.pairwise import ContrastiveLoss, MultiSimilarityLoss, SNCALoss
+from dml_companion.losses.ranking import (AngularLoss, CircleLoss, GeneralizedLiftedLoss, HistogramLoss, LiftedLoss, MarginLoss, NPairLoss,
+                                          QuadrupletLoss, SNRLoss, TripletLoss)
 from dml_companion.mining import (MINERS, AllSemiHardMiner, BinMiner, DistanceWeightedMiner, HardMiner, Miner, MultiSimilarityMiner,
                                   PADS, RhoDistanceMiner, SemiHardMiner, SoftHardMiner, Triplets, UniformMiner, WindowMiner,
                                   class_order, compare, draw, kth_negative, kth_positive, make_miner, nearest_beyond,
@@ -19,6 +20,7 @@ from dml_companion.mining import (MINERS, AllSemiHardMiner, BinMiner, DistanceWe
 
 NAMES = sorted(MINERS)
 OTHER = {"mined": dict(base="triplet", base_options=dict(beta=1.), miner="hard", miner_options=dict(cutoff=.9, upper=1.), pairs=True)}
+NEEDS = {"n_pair": dict(pairs="all")}                                            # no base works without them
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -435,21 +437,183 @@ def composed():
         "margin class": (bare("margin", **each), losses.MarginLoss(.2, nu=0, beta=1.25, learn_beta=True, num_classes=4)),
         "contrastive": (bare("contrastive", margin=1.2, positive_margin=.1, squared=False, reduction="nonzero"), losses.ContrastiveLoss(.1, 1.2)),
         "multi_similarity": (bare("multi_similarity"), losses.MultiSimilarityLoss(2, 50, .5)),
-        "triplet": (bare("triplet", squared=False), plain), "triplet squared": (bare("triplet"), square)}
+        "triplet": (bare("triplet", squared=False), plain), "triplet squared": (bare("triplet"), square),
+        "circle": (bare("circle"), losses.CircleLoss(.4, 80)), "circle 20": (bare("circle", margin=.25, gamma=20.), losses.CircleLoss(.25, 20)),
+        "generalized_lifted": (bare("generalized_lifted"), losses.GeneralizedLiftedStructureLoss(1, 0)),
+        "lifted": (bare("lifted"), losses.LiftedStructureLoss(1, 0))}
 
 
-@pytest.mark.parametrize("which", ["margin", "margin itself", "margin class", "contrastive", "multi_similarity", "triplet", "triplet squared"])
+@pytest.mark.parametrize("which", ["margin", "margin itself", "margin class", "contrastive", "multi_similarity", "triplet", "triplet squared",
+                                   "circle", "circle 20", "generalized_lifted", "lifted"])
 @pytest.mark.parametrize("sizes", [(4,) * 4, (2, 3, 5, 7)])
 @pytest.mark.parametrize("kind", [0, 1])
 def test_the_third_argument_is_that_of_pytorch_metric_learning(which, sizes, kind):
     "The same triplets (kind 0) or pairs (1) given to both: values, gradients and the gradient of beta."
     ours, theirs = composed()[which]
     if kind and which.startswith("triplet"): pytest.skip("theirs builds triplets of pairs; ours refuses, tested below")
+    if not kind and which == "lifted": pytest.skip("theirs adds a negative up as often as it was chosen; ours once")
     z, y = batch(sizes)
     given = tuple(chosen(z, y)[kind])
     for a, b in zip(values_and_gradients(ours, z, y, given), values_and_gradients(theirs.double(), z, y, given)):
         assert_close(a, b, rtol=0, atol=1e-9)
         assert a.abs().max() > 0
+
+
+def test_lists_histograms_and_all_pairs_of_pytorch_metric_learning():
+    "Where theirs reads a choice as ours does: no pair twice (its nodes are float32: 64 bins are exact), all negatives behind a pair, one pair a class, all."
+    losses, _, lengths, _ = pml()
+    z, y = batch((4,) * 4)
+    firsts = [(y == c).nonzero()[0].item() for c in range(4)]
+    some = [(a, p, k) for a, p, k in sorted(all_triplets(y)) if a in firsts and k not in firsts and (a + k) % 3]
+    unique = [sorted({(a, t[at]) for a, *t in some}) for at in (0, 1)]
+    listed = lambda rows: tuple(torch.tensor(rows).T)
+    halves = [t for t in sorted(all_triplets(y)) if t[0] < t[1]]
+    partner = {a: next(p for p in range(16) if p != a and y[p] == y[a]) for a in firsts}
+    cases = {"histogram": (dict(bins=64), losses.HistogramLoss(n_bins=64), tuple(i for rows in unique for i in listed(rows)), listed(some)),
+             "angular": ({}, losses.AngularLoss(alpha=45), listed(halves), (*listed(sorted({t[:2] for t in halves})), *listed([(0, 1)]))),
+             "n_pair": (dict(pairs="all", norm_weight=0.), losses.NPairsLoss(distance=lengths.DotProductSimilarity(normalize_embeddings=False)), listed([(a, partner[a], partner[b]) for a in firsts for b in firsts if a != b]),
+                        (*listed(sorted(partner.items())), *listed([(0, 1)]))),
+             "snca": ({}, losses.NCALoss(softmax_scale=10, distance=lengths.CosineSimilarity()),
+                      [i for same in (True, False) for i in ((y[:, None] == y).eq(same) & ~torch.eye(16, dtype=torch.bool)).nonzero().T], None)}
+    for base, (options, theirs, ours_told, theirs_told) in cases.items():
+        ours = Mined(base=base, base_options=options, miner=None).double()
+        def other(leaf, *given): return theirs(leaf if base == "n_pair" else normalize(leaf), *given)     # its angular loss does not normalise negatives
+        for a, b in zip(values_and_gradients(ours, z, y, ours_told), values_and_gradients(other, z, y, theirs_told)):
+            assert_close(a, b, rtol=0, atol=1e-9, msg=lambda m: f"{base}: {m}")
+            assert a.abs().max() > 0
+
+
+def log_sum(terms): return torch.stack(terms).logsumexp(0)
+
+
+def rows_in_words(loss, x, P, N):
+    "One (tightness, contrast) for each anchor that counts, and how many share the mean."
+    def d(i, j): return (x[i] - x[j]).square().sum().clamp_min(1e-30).sqrt()
+    def circle(kind, pairs):
+        out = []
+        for i, j in pairs:
+            s = x[i] @ x[j]
+            pace = ((1 + loss.margin - s) if kind == "near" else (s + loss.margin)).relu()
+            if loss.detach: pace = pace.detach()
+            out.append(loss.gamma * pace * (1 - loss.margin - s if kind == "near" else s - loss.margin))
+        return log_sum(out)
+    both, zero = [i for i in range(len(x)) if P[i] and N[i]], x.sum() * 0
+    if isinstance(loss, CircleLoss):
+        groups = [([(i, j) for j in P[i]], [(i, j) for j in N[i]]) for i in both]
+        if loss.pairs == "batch": groups = [[[(i, j) for i in range(len(x)) for j in K[i]] for K in (P, N)]]
+        half = log(2) if loss.pairs == "batch" else 0
+        uv = [(circle("near", a) - half, circle("far", b) - half) for a, b in groups]
+        return [(u, (u + v).exp().log1p() - u) for u, v in uv], len(x) if loss.reduction == "anchor" else len(uv)
+    if isinstance(loss, GeneralizedLiftedLoss):
+        uv = [(log_sum([d(i, j) for j in P[i]]), log_sum([loss.margin - d(i, j) for j in N[i]])) for i in both]
+        return [(u, v) if u + v > 0 else (zero, zero) for u, v in uv], len(x) if loss.reduction == "anchor" else len(uv)
+    terms = []
+    for i in range(len(x)):
+        own, every = [*P[i]] + [i] * (loss.self_pairs and bool(P[i] | N[i])), P[i] | N[i]
+        if loss.reduction == "valid" and not P[i]: continue
+        u, v = (log_sum([x[i] @ x[j] / loss.temperature for j in J]) if J else zero for J in (own, every))
+        terms.append((-u, v))
+    return terms, len(terms)
+
+
+def nodes(cosines, bins):
+    h = [torch.zeros((), dtype=torch.float64) for _ in range(bins + 1)]
+    for s in cosines:
+        at = (s + 1) * bins / 2
+        r = int(at)
+        h[r], h[r + 1] = h[r] + (r + 1 - at) / len(cosines), h[r + 1] + (at - r) / len(cosines)
+    return torch.stack(h)
+
+
+def in_words(loss, Z, near, far, triplets):
+    "Both parts of a loss of chosen pairs, as lists of (anchor, other) that may repeat, or of triplets; one term at a time."
+    x = normalize(Z) if loss.normalize else Z
+    if isinstance(loss, (AngularLoss, NPairLoss)):
+        t, T, C = tan(radians(getattr(loss, "alpha", 0.))) ** 2, [], []
+        for a, p in sorted({t[:2] for t in triplets}):
+            ks = [k for i, j, k in triplets if (i, j) == (a, p)]
+            own = 2 * (1 + t) * x[a] @ x[p] if isinstance(loss, AngularLoss) else x[a] @ x[p]
+            C.append(log_sum([own] + [4 * t * (x[a] + x[p]) @ x[k] if isinstance(loss, AngularLoss) else x[a] @ x[k] for k in ks]))
+            T.append(-own + getattr(loss, "norm_weight", 0.) * (x[a] @ x[a] + x[p] @ x[p]) / 2)
+        return sum(T) / len(T), sum(C) / len(C)
+    if isinstance(loss, HistogramLoss):
+        s = [[x[i] @ x[j] for i, j in pairs] for pairs in (near, far)]
+        T = sum(1 - v for v in s[0]) / 2 / len(near)
+        return T, nodes(s[1], loss.bins) @ nodes(s[0], loss.bins).cumsum(0) - T
+    P, N = ([{j for a, j in pairs if a == i} for i in range(len(x))] for pairs in (near, far))
+    if isinstance(loss, LiftedLoss):
+        def d(i, j): return (x[i] - x[j]).square().sum().clamp_min(1e-30).sqrt()
+        some = [(i, j) for i, j in near if N[i] | N[j]]
+        J = [(log_sum([loss.margin - d(a, k) for a in (i, j) for k in N[a]]) + d(i, j)).relu() for i, j in some]
+        u = [d(i, j) ** 2 * (v > 0) for (i, j), v in zip(some, J)]
+        return sum(u) / 2 / len(some), (sum(v ** 2 for v in J) - sum(u)) / 2 / len(some)
+    terms, count = rows_in_words(loss, x, P, N)
+    return tuple(sum(part) / count for part in zip(*terms))
+
+
+@pytest.mark.parametrize("base, options", [
+    ("circle", {}), ("circle", dict(pairs="batch", gamma=20., margin=.25, detach=False)), ("circle", dict(reduction="anchor")),
+    ("generalized_lifted", {}), ("generalized_lifted", dict(reduction="valid", normalize=False, margin=.5)),
+    ("snca", {}), ("snca", dict(self_pairs=True)), ("snca", dict(reduction="valid", temperature=.3)), ("lifted", {}),
+    ("lifted", dict(normalize=False, margin=.3)), ("histogram", {}), ("histogram", dict(bins=7)), ("angular", {}), ("angular", dict(alpha=30.)),
+    ("n_pair", dict(pairs="all")), ("n_pair", dict(pairs="all", norm_weight=0., normalize=True))])
+def test_soft_losses_of_a_choice_equal_their_formulas_in_words(base, options):
+    "Triplets, some told twice; and pairs, some twice, with anchors that lack one kind or both."
+    z, y = batch((1, 2, 3, 4), d=5)
+    triplets = UniformMiner()(z, y)
+    told_twice = Triplets(*(torch.cat([i, i[:3]]) for i in triplets))
+    same = y[:, None] == y
+    near, far = ([p for t, p in enumerate(kind.nonzero().tolist()) if t % 3 or p[0] > 6] for kind in (same & ~torch.eye(10, dtype=torch.bool), ~same))
+    near, far = [p for p in near if p[0] not in (0, 3)], [p for p in far if p[0] not in (0, 5)]
+    near, far = [[*map(tuple, pairs), *map(tuple, pairs[:3])] for pairs in (near, far)]
+    listed = [tuple(t) for t in torch.stack(told_twice).T.tolist()]
+    cases = [(told_twice, [t[:2] for t in listed], [(t[0], t[2]) for t in listed])]
+    if base not in OF_TRIPLETS: cases.append((tuple(i for pairs in (near, far) for i in torch.tensor(pairs).T), near, far))
+    for given, pulled, pushed in cases:
+        loss = Mined(base=base, base_options=options, miner=None).double()
+        a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+        found, wanted = loss.parts(a, y, given), in_words(loss.objective, b, pulled, pushed, listed)
+        assert_close([v.detach() for v in found], [v.detach() for v in wanted], rtol=0, atol=1e-9)
+        for T, W in zip(found, wanted):
+            assert_close(torch.autograd.grad(T, a, retain_graph=True)[0], torch.autograd.grad(W, b, retain_graph=True)[0], rtol=0, atol=1e-8)
+        assert_close(loss(z, y, given), sum(wanted).detach(), rtol=0, atol=1e-9)
+
+
+def test_means_count_how_often_and_soft_maxima_whether():
+    z, y = batch((4,) * 4)
+    once = HardMiner()(z, y)
+    twice = Triplets(*(torch.cat([i, i[:3]]) for i in once))
+    for base in sorted(set(BASES) - {"quadruplet"}):
+        loss = Mined(base=base, base_options=NEEDS.get(base), miner=None).double()
+        assert (abs(loss(z, y, once) - loss(z, y, twice)) < 1e-12) == (base in ("circle", "generalized_lifted", "snca", "multi_similarity")), base
+
+
+@pytest.mark.parametrize("base", sorted(BASES))
+def test_nothing_told_is_nothing(base):
+    "Empty lists, and lists of one kind: finite parts and gradients, no division by an empty set."
+    z, y = batch((1, 2, 3, 4))
+    none, a, p, k = torch.zeros(0, dtype=torch.int64), *HardMiner()(z, y)
+    loss = Mined(base=base, base_options=NEEDS.get(base), miner=None).double()
+    for given in [(none,) * 3] + ([] if base in OF_TRIPLETS else [(none,) * 4, (a, p, none, none), (none, none, a, k)]):
+        leaf = z.clone().requires_grad_()
+        parts = loss.parts(leaf, y, given)
+        grads = [torch.autograd.grad(part, leaf, retain_graph=True)[0] for part in parts]
+        assert all(part.isfinite() for part in parts) and all(g.isfinite().all() for g in grads), given
+        nothing = not any(len(i) for i in given) or base in ("circle", "generalized_lifted", "lifted", "histogram")
+        if nothing and base != "snr": assert parts.total == 0 and not any(g.any() for g in grads), given
+
+
+def test_numbers_of_images_reach_the_boundaries():
+    z, y = batch()
+    options, numbers = dict(learn="sample", num_samples=50, beta=1.1), torch.arange(24) * 2
+    wrapped, plain = Mined(base_options=options, miner=None).double(), MarginLoss(**options).double()
+    triplets = HardMiner()(z, y)
+    for loss in (wrapped.objective, plain): loss.beta.data += torch.linspace(-.2, .2, 50).double()
+    for given in ((), (triplets,)):
+        found = [values_and_gradients(loss.at(numbers), z, y, *given) for loss in (wrapped, plain)]
+        assert_close(*found, rtol=0, atol=0)
+        assert (found[0][2][1::2] == 0).all() and found[0][2].abs().max() > 0
+    with pytest.raises(ValueError, match="loss.at"): wrapped(z, y, triplets)          # told once a batch
 
 
 def composed_by_tuples(loss, Z, y, triplets):
@@ -509,10 +673,11 @@ def test_composed_losses_equal_their_tuples(base, options, sizes):
 @pytest.mark.parametrize("base", sorted(BASES))
 def test_every_miner_stands_before_every_base(base, name):
     z, y = batch((1, 2, 3, 5, 4), spread=1.5)                                 # wide classes: a uniform triplet, too, has a loss
-    miner, loss = make_miner(name), Mined(base=base, miner=name).double()
+    given = dict(base=base, base_options=NEEDS.get(base))
+    miner, loss = make_miner(name), Mined(**given, miner=name).double()
     torch.manual_seed(1); triplets = miner(z, y)
     torch.manual_seed(1); asked = loss(leaf := z.clone().requires_grad_(), y)
-    if base != "quadruplet": assert_close(asked, Mined(base=base, miner=None).double()(z, y, triplets), rtol=0, atol=1e-12)
+    if base != "quadruplet": assert_close(asked, Mined(**given, miner=None).double()(z, y, triplets), rtol=0, atol=1e-12)
     gradient = torch.autograd.grad(asked, leaf)[0]
     assert asked.isfinite() and gradient.isfinite().all() and gradient.abs().max() > 0
     if base in OF_TRIPLETS: return
@@ -525,10 +690,13 @@ def test_wrappers_that_choose_everything_are_the_loss_itself():
     z, y = batch((1, 2, 3, 5, 4))
     every = Triplets(*torch.tensor(sorted(all_triplets(y))).T)
     pairs = [i for same in (True, False) for i in ((y[:, None] == y).eq(same) & ~torch.eye(len(y), dtype=torch.bool)).nonzero().T]
-    for loss in (TripletLoss(), TripletLoss(reduction="all", squared=False), SNRLoss(), MarginLoss(beta=1.1)):
+    for loss in (TripletLoss(), TripletLoss(reduction="all", squared=False), SNRLoss(), MarginLoss(beta=1.1), AngularLoss(), NPairLoss(pairs="all"),
+                 NPairLoss(pairs="all", normalize=True, norm_weight=.1), CircleLoss(), GeneralizedLiftedLoss(), SNCALoss(reduction="valid")):
         assert_close(Mined(base=loss.double(), miner=None)(z, y, every), loss(z, y), rtol=0, atol=1e-9)
     for loss in (ContrastiveLoss(), ContrastiveLoss(reduction="pair", squared=False, positive_margin=.3), MultiSimilarityLoss(self_pairs=True),
-                 MultiSimilarityLoss(reduction="valid"), MarginLoss(), MarginLoss(count="pairs", nu=.2)):
+                 MultiSimilarityLoss(reduction="valid"), MarginLoss(), MarginLoss(count="pairs", nu=.2), CircleLoss(pairs="batch"),
+                 CircleLoss(reduction="anchor", detach=False), GeneralizedLiftedLoss(reduction="valid"), GeneralizedLiftedLoss(normalize=False),
+                 SNCALoss(self_pairs=True), SNCALoss(reduction="valid"), LiftedLoss(), LiftedLoss(normalize=False), HistogramLoss(bins=20)):
         assert_close(Mined(base=loss.double(), miner=None)(z, y, pairs), loss(z, y), rtol=0, atol=1e-9)
         assert Mined(base=loss, miner=None)(z, y) == loss(z, y)               # untold: all pairs
     assert_close(Mined(base="multi_similarity", miner="multi_similarity", pairs=True)(z, y), MultiSimilarityLoss(mining=.1)(z, y), rtol=0, atol=1e-9)
@@ -539,7 +707,8 @@ def test_gradcheck_of_composed_losses(base):
     z, y = batch((1, 2, 3, 4), d=4)
     triplets, pairs = chosen(z, y)
     for given in (triplets,) if base in OF_TRIPLETS else (triplets, pairs):
-        loss = Mined(4, base=base, base_options=dict(learn="class", nu=.1) if base == "margin" else None, miner=None).double()
+        options = {**NEEDS, "margin": dict(learn="class", nu=.1), "circle": dict(detach=False, gamma=20.)}
+        loss = Mined(4, base=base, base_options=options.get(base), miner=None).double()
         names, weights = list(dict(loss.named_parameters())), [w.detach().requires_grad_() for w in loss.parameters()]
         def parts(z, *weights):
             torch.manual_seed(0)
@@ -565,7 +734,7 @@ def test_strangers_are_uniform_over_what_is_left():
 def test_poor_batches_of_composed_losses(base, dtype):
     for case, (x, y) in poor_batches(dtype).items():
         for name in ("distance_weighted", "rho_distance", "hard"):
-            loss, leaf = Mined(base=base, miner=name), x.clone().requires_grad_()
+            loss, leaf = Mined(base=base, base_options=NEEDS.get(base), miner=name), x.clone().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
                 parts = loss.parts(leaf, y)
                 grads = [torch.autograd.grad(part, leaf, retain_graph=True)[0] for part in parts]
@@ -578,10 +747,10 @@ def test_poor_batches_of_composed_losses(base, dtype):
 def test_composed_losses_make_no_cubic_tensor_and_one_graph(base):
     for sizes in ((2,) * 32, (32, 32), (8,) * 8):
         z, y = batch(sizes, dtype=torch.float32)
-        with Largest() as seen: Mined(base=base)(z, y)
+        with Largest() as seen: Mined(base=base, base_options=NEEDS.get(base))(z, y)
         assert 64 * 64 <= seen.entries <= 64 * 65, sizes
     z, y = batch((4,) * 6, dtype=torch.float32)
-    loss = Mined(base=base, miner="hard")
+    loss = Mined(base=base, base_options=NEEDS.get(base), miner="hard")
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend="eager", fullgraph=True)
     values = []
@@ -603,8 +772,14 @@ def test_options_of_the_wrapper_are_all_listed_and_all_change_something():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: objectives.make("mined", base="cross_entropy"), ["'cross_entropy'", "contrastive, margin", "triplet"]),
-    (lambda: Mined(base=MinedTriplet()), ["MinedTriplet", "contrastive, margin"]),
+    (lambda: objectives.make("mined", base="cross_entropy"), ["'cross_entropy'", "contrastive, generalized_lifted", "triplet", "class weights", "no pairs"]),
+    (lambda: Mined(base="arcface"), ["'arcface'", "class weights", "no pairs"]), (lambda: Mined(base="proxy_anchor"), ["'proxy_anchor'", "proxies", "no pairs"]),
+    (lambda: Mined(base="spce"), ["'spce'", "without a miner"]), (lambda: Mined(base=3), ["got 3"]),
+    (lambda: Mined(base="n_pair"), ["pairs='first'", "{'pairs': 'all'}"]), (lambda: Mined(base="angular", pairs=True), ["angular is made of triplets"]),
+    (lambda: Mined(base_options=dict(learn="sample", num_samples=4)).at([1, 2, 3]), ["int64 tensor", "[1, 2, 3]"]),
+    (lambda: Mined(base_options=dict(learn="sample", num_samples=4)).at(torch.ones(3)), ["int64 tensor", "torch.float32", "(3,)"]),
+    (lambda: Mined(base="circle").at(torch.arange(3)), ["circle", "only margin"]),
+    (lambda: Mined(base=MinedTriplet()), ["MinedTriplet", "contrastive, generalized_lifted"]),
     (lambda: Mined(base=MarginLoss(), base_options=dict(beta=1.)), ["base_options", "MarginLoss"]),
     (lambda: Mined(base_options=dict(bta=1.)), ["option of margin 'bta'", "did you mean 'beta'"]),
     (lambda: Mined(miner="near"), ["miner 'near'", "did you mean 'semihard'"]),

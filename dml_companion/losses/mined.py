@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['BASES', 'OF_TRIPLETS', 'sided_gradient', 'MinedTriplet', 'Choice', 'told', 'choose', 'weighted_hinges',
            'mined_contrastive', 'mined_margin', 'mined_multi_similarity', 'hinges_of', 'stranger', 'mined_triplets',
-           'mined_snr', 'base_of', 'miner_of', 'Mined']
+           'mined_snr', 'soft_choice', 'mined_circle', 'mined_generalized_lifted', 'mined_snca', 'mined_lifted',
+           'mined_histogram', 'listed_together', 'mined_lists', 'no_base', 'check_base', 'base_of', 'miner_of', 'Mined']
 
 # %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c02
 from functools import partial
+from math import log, radians, tan
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 import torch.nn.functional as F
 from ..geometry import centre
-from .pairwise import (ContrastiveLoss, MultiSimilarityLoss, anchor_weights, distance_table, lonely,
-                                           own_class_sizes, soft_rows)
-from .ranking import (MarginLoss, QuadrupletLoss, SNRLoss, TripletLoss, check_mined, pair_counts,
-                                          per_square, ratio_pull, tally, without_mean)
+from .pairwise import (ContrastiveLoss, MultiSimilarityLoss, SNCALoss, anchor_weights, distance_table,
+                                           lonely, own_class_sizes, soft_rows)
+from .ranking import (AngularLoss, CircleLoss, GeneralizedLiftedLoss, HistogramLoss, LiftedLoss, MarginLoss,
+                                          NPairLoss, QuadrupletLoss, SNRLoss, TripletLoss, check_mined, pair_counts,
+                                          per_square, ratio_pull, soft_bins, tally, without_mean)
 from ..mining import MINERS, Miner, Order, Table, Triplets, below, class_order, compare, make_miner
-from ..objective import (Objective, Parts, check_choice, check_positive, closed_form, find, options, register,
+from ..objective import (Objective, Parts, check_choice, check_positive, closed_form, find, locate, options, register,
                                      similarity_gradient, unit_rows)
 
 # %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c07
@@ -198,25 +201,154 @@ def mined_snr(loss: SNRLoss, embeddings: Tensor, labels: Tensor, choice: Choice)
     return Parts(T + loss.mean_weight * x.sum(1).abs().mean(), C)
 
 # %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c20
-BASES = {"contrastive": (ContrastiveLoss, mined_contrastive), "margin": (MarginLoss, mined_margin),
-         "multi_similarity": (MultiSimilarityLoss, mined_multi_similarity), "quadruplet": (QuadrupletLoss, mined_triplets),
-         "snr": (SNRLoss, mined_snr), "triplet": (TripletLoss, mined_triplets)}
-OF_TRIPLETS = ("quadruplet", "snr", "triplet")
+def soft_choice(scores: Tensor, # (n, n)
+                chosen: Tensor, # (n, n) bool
+               ) -> tuple[Tensor, Tensor]: # (n,) log-sum-exp of each row; (n, n) its slopes, 0 where nothing was chosen
+    "A soft maximum over the chosen pairs; a row without any is worth the lowest finite number."
+    scores = scores.masked_fill(~chosen, torch.finfo(scores.dtype).min)
+    return scores.logsumexp(1), scores.softmax(1).mul_(chosen)
+
+def mined_circle(loss: CircleLoss, embeddings: Tensor, labels: Tensor, choice: Choice) -> Parts:
+    "Eq. (2), left: the chosen similarities at their own pace, an anchor or the batch at a time."
+    def rule(z):
+        near, far, s = choice.near > 0, choice.far > 0, z @ z.T
+        (pulls, tight), (pushes, spread) = loss.scores(s, True), loss.scores(s, False)
+        (pull, share), (push, rivals) = soft_choice(pulls, near), soft_choice(pushes, far)
+        if loss.pairs == "anchor":
+            valid = near.any(1) & far.any(1)
+            w = w_pull = w_push = anchor_weights(valid, loss.reduction, z) * valid
+        else:
+            w = (near.any() & far.any()).to(z.dtype)
+            w_pull, w_push = pull.softmax(0) * w, push.softmax(0) * w
+            pull, push = pull.logsumexp(0) - log(2), push.logsumexp(0) - log(2)
+        pull, push = pull.where(w > 0, 0), push.where(w > 0, 0)
+        opened = torch.sigmoid(pull + push)
+        tight = tight * share * w_pull[:, None]
+        spread = spread * rivals * (w_push * opened)[:, None] + tight * (opened - 1).expand_as(w_pull)[:, None]
+        return (w * pull).sum(), (w * (F.softplus(pull + push) - pull)).sum(), similarity_gradient, (z, tight, spread)
+    return closed_form(unit_rows(embeddings), rule)
+
+def mined_generalized_lifted(loss: GeneralizedLiftedLoss, embeddings: Tensor, labels: Tensor, choice: Choice) -> Parts:
+    "Eq. (2), middle: one hinge an anchor that has both."
+    def rule(z):
+        near, far, points = choice.near > 0, choice.far > 0, z - centre(z)
+        distances = distance_table(points)
+        (pull, tight), (push, spread) = soft_choice(distances, near), soft_choice(loss.margin - distances, far)
+        valid = near.any(1) & far.any(1)
+        w = anchor_weights(valid, loss.reduction, z) * (valid & (pull + push > 0))
+        tight, spread = per_square(tight * w[:, None], distances), per_square(spread * -w[:, None], distances)
+        return w @ pull.where(w > 0, 0), w @ push.where(w > 0, 0), sided_gradient, (points, tight, spread)
+    return closed_form(unit_rows(embeddings) if loss.normalize else embeddings, rule)
+
+def mined_snca(loss: SNCALoss, embeddings: Tensor, labels: Tensor, choice: Choice) -> Parts:
+    "Eq. (2), right: the walk may end on chosen rows only."
+    def rule(z):
+        near, every, s = choice.near > 0, (choice.near > 0) | (choice.far > 0), (z @ z.T).div_(loss.temperature)
+        some, w = every.any(1), anchor_weights(near.any(1), loss.reduction, z)
+        own = near | torch.diag(some) if loss.self_pairs else near
+        (pull, tight), (push, spread) = soft_choice(s, own), soft_choice(s, every)
+        pull, push, slope = pull.where(own.any(1), 0), push.where(some, 0), (w / loss.temperature)[:, None]
+        return -w @ pull, w @ push, similarity_gradient, (z, tight.mul_(-slope), spread.mul_(slope))
+    return closed_form(unit_rows(embeddings) if loss.normalize else embeddings, rule)
+
+# %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c22
+def mined_lifted(loss: LiftedLoss, embeddings: Tensor, labels: Tensor, choice: Choice) -> Parts:
+    "Eq. (3), left."
+    def rule(z):
+        far, points = choice.far > 0, z - centre(z)
+        distances, some = distance_table(points), far.any(1)
+        push, shares = soft_choice(loss.margin - distances, far)
+        w = choice.near.to(z) * (some[:, None] | some)
+        w = w / w.sum().clamp_min(1)
+        J = (torch.logaddexp(push[:, None], push) + distances).relu()
+        u, force, share = distances * (J > 0), w * J, torch.sigmoid(push[:, None] - push)
+        slope = (force * share).sum(1) + (force * (1 - share)).sum(0)       # on both ends' negatives
+        spread = per_square(w * (J - u), distances) + per_square(shares * -slope[:, None], distances)
+        tightness, contrast = (w * u.square()).sum() / 2, (w * (J.square() - u.square())).sum() / 2
+        return tightness, contrast, sided_gradient, (points, per_square(w * u, distances), spread)
+    return closed_form(unit_rows(embeddings) if loss.normalize else embeddings, rule)
+
+def mined_histogram(loss: HistogramLoss, embeddings: Tensor, labels: Tensor, choice: Choice) -> Parts:
+    "Eq. (3), right: two histograms of the chosen pairs."
+    def rule(z):
+        near, far, s = choice.near.to(z), choice.far.to(z), z @ z.T
+        some, inside, step = (near.sum() > 0) & (far.sum() > 0), s.abs() <= 1, loss.bins / 2
+        near, far = near / near.sum().clamp_min(1), far / far.sum().clamp_min(1)
+        (plus, left), (minus, _) = soft_bins(s, near, loss.bins), soft_bins(s, far, loss.bins)
+        tightness, tight = (near * (1 - s)).sum() / 2 * some, near * (-.5 * some)
+        spread = (far * plus[1:][left] - near * minus[left]) * inside * (step * some) - tight
+        return tightness, minus @ plus.cumsum(0) * some - tightness, similarity_gradient, (z, tight, spread)
+    return closed_form(unit_rows(embeddings), rule)
+
+# %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c24
+def listed_together(scores: Tensor, # (t,)
+                    group: Tensor, # (t,) int64, below `count`
+                    valid: Tensor, # (t,) bool
+                    count: int) -> tuple[Tensor, Tensor]: # (count,) log-sum-exp of each group; (t,) its slopes
+    "A soft maximum over each group; an empty one is worth the lowest finite number."
+    lowest = torch.finfo(scores.dtype).min
+    peak = scores.new_full((count,), lowest).scatter_reduce(0, group, scores.masked_fill(~valid, lowest), "amax")
+    terms = (scores - peak[group]).masked_fill(~valid, -torch.inf).exp()
+    sums = scores.new_zeros(count).index_add(0, group, terms).clamp_min(1)
+    return peak + sums.log(), terms / sums[group]
+
+def mined_lists(loss: AngularLoss | NPairLoss, embeddings: Tensor, labels: Tensor, choice: Choice) -> Parts:
+    "Eq. (4): every mined positive pair against the negatives mined with it."
+    (a, p, k), n = choice.triplets, len(embeddings)
+    x, angular = unit_rows(embeddings) if loss.normalize else embeddings, isinstance(loss, AngularLoss)
+    t = tan(radians(loss.alpha)) ** 2 if angular else 0.
+    w = (choice.near > 0).to(x)
+    w = w / w.sum().clamp_min(1)
+    def rule(z):
+        s, group = z @ z.T, a * n + p
+        own = s * (2 * (1 + t)) if angular else s
+        far, share = listed_together(4 * t * (s[a, k] + s[p, k]) if angular else s[a, k], group, choice.valid, n * n)
+        far, stays = far.view(n, n), torch.sigmoid(own - far.view(n, n)) * w
+        force = (w - stays).flatten()[group] * share
+        spread = tally(a, k, force, n) if not angular else (tally(a, k, force, n) + tally(p, k, force, n)) * (4 * t)
+        scale = 2 * (1 + t) if angular else 1
+        return -(w * own).sum(), (w * torch.logaddexp(own, far)).sum(), similarity_gradient, (z, w * -scale, stays * scale + spread)
+    T, C = closed_form(x, rule)
+    if not getattr(loss, "norm_weight", 0): return Parts(T, C)
+    return Parts(T + loss.norm_weight * ((w.sum(0) + w.sum(1)) / 2 @ x.square().sum(1)), C)
+
+# %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c26
+BASES = {"angular": (AngularLoss, mined_lists), "circle": (CircleLoss, mined_circle), "contrastive": (ContrastiveLoss, mined_contrastive),
+         "generalized_lifted": (GeneralizedLiftedLoss, mined_generalized_lifted), "histogram": (HistogramLoss, mined_histogram),
+         "lifted": (LiftedLoss, mined_lifted), "margin": (MarginLoss, mined_margin),
+         "multi_similarity": (MultiSimilarityLoss, mined_multi_similarity), "n_pair": (NPairLoss, mined_lists),
+         "quadruplet": (QuadrupletLoss, mined_triplets), "snca": (SNCALoss, mined_snca), "snr": (SNRLoss, mined_snr),
+         "triplet": (TripletLoss, mined_triplets)}
+OF_TRIPLETS = ("angular", "n_pair", "quadruplet", "snr", "triplet")
+
+def no_base(base: Any) -> ValueError:
+    "What to say of something that no miner can choose for."
+    named = not isinstance(base, Objective)
+    module = locate().get(base, "") if isinstance(base, str) else type(base).__module__
+    other = {"classification": "class weights", "proxies": "proxies"}.get(module.split(":")[0].split(".")[-1])
+    why = f"it compares samples with {other}, so there are no pairs or triplets to choose; " if other else ""
+    return ValueError(f"base must be a loss of pairs or triplets that a miner can choose ({', '.join(BASES)}), got "
+                      f"{repr(base) if named else type(base).__name__}: {why}train it without a miner")
+
+def check_base(name: str, loss: Objective) -> None:
+    "ValueError for options that choose pairs themselves."
+    if name == "snr" and loss.form != "triplet": raise ValueError(f"a mined snr needs form='triplet', got {loss.form!r}")
+    if name == "n_pair" and loss.pairs != "all":
+        raise ValueError(f"n_pair with pairs={loss.pairs!r} takes one pair a class by itself and leaves a miner nothing to choose: "
+                         "give base_options={'pairs': 'all'}")
+    if name == "multi_similarity" and loss.mining is not None:
+        raise ValueError(f"multi_similarity mines by itself with mining={loss.mining}: leave that or the miner out")
 
 def base_of(base: str | Objective, given: dict[str, Any] | None, # its name and options, or a built objective
             num_classes: int | None, dim: int | None) -> tuple[str, Objective]: # its name in BASES, and itself
     "An objective that a miner can choose for; ValueError names those that there are."
     built = isinstance(base, Objective)
     name = next((k for k, (cls, _) in BASES.items() if isinstance(base, cls)), None) if built else base
-    if name not in BASES:
-        raise ValueError(f"base must be a loss of pairs or triplets that a miner can choose ({', '.join(BASES)}), got "
-                         f"{type(base).__name__ if built else repr(base)}: for the others train without a miner")
+    if name not in BASES: raise no_base(base)
     if built and given:
         raise ValueError(f"base_options={given} go with a name, but base is a built {type(base).__name__}: set them there")
     loss = base if built else find(name, given or {})(num_classes, dim, **(given or {}))
-    if name == "snr" and loss.form != "triplet": raise ValueError(f"a mined snr needs form='triplet', got {loss.form!r}")
-    if name == "multi_similarity" and loss.mining is not None:
-        raise ValueError(f"multi_similarity mines by itself with mining={loss.mining}: leave that or the miner out")
+    check_base(name, loss)
     return name, loss
 
 def miner_of(miner: str | Miner | None, given: dict[str, Any] | None, # a name and its options, or a built miner
@@ -227,7 +359,7 @@ def miner_of(miner: str | Miner | None, given: dict[str, Any] | None, # a name a
     if miner is None or isinstance(miner, Miner): return miner
     raise ValueError(f"miner must be a name, a mining.Miner or None, got {miner!r}: known names are {', '.join(MINERS)}")
 
-# %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c21
+# %% ../../nbs/03_objectives/21b_mined_triplet.ipynb #c27
 @register("mined", "ranking", "Wu et al. 2017", own=("proxies",))
 class Mined(Objective):
     "A loss of pairs or triplets on what a miner chose: `loss(embeddings, labels)`, or `loss(embeddings, labels, mined)`."
@@ -250,6 +382,18 @@ class Mined(Objective):
         if triplets is None and self.base in OF_TRIPLETS:
             raise ValueError(f"{self.base} is made of triplets, but these are pairs: take miner(embeddings, labels), "
                              "not miner.pairs, and leave pairs=False")
+
+    def at(self, samples: Tensor, # (n,) int64: number of each image of the next batch
+          ) -> "Mined": # itself: `loss.at(samples)(embeddings, labels)`
+        "Hand the numbers of the next images to the base; ValueError if it takes none, or for anything but such a tensor."
+        if not hasattr(self.objective, "at"):
+            raise ValueError(f"{self.base} keeps nothing for each image, so there is nothing to say at(...): only margin does, "
+                             "with base_options={'learn': 'sample', 'num_samples': ...}")
+        if not isinstance(samples, Tensor) or samples.dtype != torch.int64 or samples.ndim != 1:
+            got = f"{samples.dtype} of shape {tuple(samples.shape)}" if isinstance(samples, Tensor) else repr(samples)
+            raise ValueError(f"samples must be an int64 tensor (n,) with the number of each image, got {got}: take torch.tensor([...])")
+        self.objective.at(samples)
+        return self
 
     def parts(self, embeddings: Tensor, labels: Tensor, # as for any objective
               mined: tuple[Tensor, ...] | None = None, # index tensors of triplets or pairs; None: ask the miner
