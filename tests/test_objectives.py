@@ -634,6 +634,17 @@ def test_a_diverged_embedding_shows_in_the_loss(name, bad):
     assert not objectives.make(name, 4, 8)(z.float(), y).isfinite()
 
 
+def test_a_diverged_embedding_shows_in_a_mined_loss():
+    from dml_companion.losses.mined import BASES
+    z, y = batch(12, 8, 4)
+    mined = tuple(torch.tensor(t) for t in zip(*((a, p, k) for a in range(12) for p in range(12) for k in range(12)
+                                                   if a != p and y[a] == y[p] and y[a] != y[k])))
+    z[3, 2] = nan
+    for base in BASES:
+        options = dict(pairs="all") if base == "n_pair" else {}
+        assert objectives.make("mined", base=base, base_options=options, miner=None)(z.float(), y, mined).isnan(), base
+
+
 def test_known_names_come_nearest_first():
     with pytest.raises(ValueError) as e: objectives.make("centre")
     assert str(e.value).split("Known: ")[1].startswith("center")

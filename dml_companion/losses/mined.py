@@ -235,7 +235,7 @@ def mined_generalized_lifted(loss: GeneralizedLiftedLoss, embeddings: Tensor, la
         distances = distance_table(points)
         (pull, tight), (push, spread) = soft_choice(distances, near), soft_choice(loss.margin - distances, far)
         valid = near.any(1) & far.any(1)
-        w = anchor_weights(valid, loss.reduction, z) * (valid & (pull + push > 0))
+        w = anchor_weights(valid, loss.reduction, z) * (valid & ~(pull + push <= 0))
         tight, spread = per_square(tight * w[:, None], distances), per_square(spread * -w[:, None], distances)
         return w @ pull.where(w > 0, 0), w @ push.where(w > 0, 0), sided_gradient, (points, tight, spread)
     return closed_form(unit_rows(embeddings) if loss.normalize else embeddings, rule)
