@@ -471,8 +471,8 @@ def test_lists_histograms_and_all_pairs_of_pytorch_metric_learning():
     partner = {a: next(p for p in range(16) if p != a and y[p] == y[a]) for a in firsts}
     cases = {"histogram": (dict(bins=64), losses.HistogramLoss(n_bins=64), tuple(i for rows in unique for i in listed(rows)), listed(some)),
              "angular": ({}, losses.AngularLoss(alpha=45), listed(halves), (*listed(sorted({t[:2] for t in halves})), *listed([(0, 1)]))),
-             "n_pair": (dict(pairs="all", norm_weight=0.), losses.NPairsLoss(distance=lengths.DotProductSimilarity(normalize_embeddings=False)), listed([(a, partner[a], partner[b]) for a in firsts for b in firsts if a != b]),
-                        (*listed(sorted(partner.items())), *listed([(0, 1)]))),
+             "n_pair": (dict(pairs="all", norm_weight=0.), losses.NPairsLoss(distance=lengths.DotProductSimilarity(normalize_embeddings=False)),
+                        listed([(a, partner[a], partner[b]) for a in firsts for b in firsts if a != b]), (*listed(sorted(partner.items())), *listed([(0, 1)]))),
              "snca": ({}, losses.NCALoss(softmax_scale=10, distance=lengths.CosineSimilarity()),
                       [i for same in (True, False) for i in ((y[:, None] == y).eq(same) & ~torch.eye(16, dtype=torch.bool)).nonzero().T], None)}
     for base, (options, theirs, ours_told, theirs_told) in cases.items():
