@@ -636,9 +636,10 @@ def test_a_diverged_embedding_shows_in_the_loss(name, bad):
 
 def test_a_diverged_embedding_shows_in_a_mined_loss():
     from dml_companion.losses.mined import BASES
+    from dml_companion.mining import make_miner
     z, y = batch(12, 8, 4)
-    mined = tuple(torch.tensor(t) for t in zip(*((a, p, k) for a in range(12) for p in range(12) for k in range(12)
-                                                   if a != p and y[a] == y[p] and y[a] != y[k])))
+    mined = make_miner("semihard_all")(z, y)                                     # chosen before anything went wrong
+    assert 3 in torch.cat(tuple(mined))
     z[3, 2] = nan
     for base in BASES:
         options = dict(pairs="all") if base == "n_pair" else {}
