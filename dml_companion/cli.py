@@ -432,15 +432,17 @@ CardArgument = Annotated[Optional[str], typer.Argument(metavar="[NAME]", help="A
 CardOption = Annotated[bool, typer.Option("--recipe", help="Only the published recipe of NAME, as YAML that Recipe.load reads.")]
 
 
-def family(cards: dict) -> Table:
+def family(cards: dict, width: int) -> Table: # width: columns of the terminal; what to tune needs 112 and more
     "Every objective in a line, by family and year."
     from dml_companion.objective import catalogue
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for title in ("name", "family", "paper", "weights", "cost", "parts"): table.add_column(title, overflow="fold")
+    if wide := width >= 112: table.add_column("tune", no_wrap=True, overflow="ellipsis", max_width=width - 100)
     for e in sorted(catalogue().values(), key=lambda e: (e.family, cards[e.name].year, e.name)):
         paper = e.paper.replace(", a reconstruction", " *")
         table.add_row(e.name, e.family, paper, e.own[0] if len(e.own) == 1 else "both" if e.own else "-",
-                      cards[e.name].cost.replace(" ", ""), "natural" if cards[e.name].natural else "stated")
+                      cards[e.name].cost.replace(" ", ""), "natural" if cards[e.name].natural else "stated",
+                      *([", ".join(knob.name for knob in cards[e.name].tune)] if wide else []))
     return table
 
 
@@ -454,10 +456,11 @@ def objectives(name: CardArgument = None, recipe: CardOption = False) -> None:
         except ValueError as e: give_up(e)
         return
     if recipe: give_up(ValueError("--recipe needs the NAME of an objective, e.g. dml-companion objectives arcface --recipe"))
-    out.print(family(papers.CARDS))
+    out.print(family(papers.CARDS, out.width))
     say("\nweights: what it learns besides the encoder (both: classifier and proxies, or its base's)\n"
         "cost:    of a step, for n images, d dimensions, K classes, S vectors a class\n"
         "parts:   does the paper's formula fall into tightness and contrast by itself, or is our split stated\n"
+        "tune:    its parameters, the most important first (from 112 columns on, and in a pipe)\n"
         "*        a reconstruction: the paper could not be read in full\n"
         "memory:  of earlier batches: no recipe, a class for your own loop: dml-companion objectives xbm\n"
         "More, with defaults, tuning and the published recipe: dml-companion objectives NAME")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from dml_companion import cli
 from dml_companion.cli import app
 from dml_companion.objective import catalogue, find, locate, options
 from dml_companion.losses.regularisers import REGULARISERS
@@ -149,15 +150,20 @@ def test_a_user_needs_one_import():
     assert done.stdout.strip() == "100.0", done.stderr
 
 
-def test_the_list_fits_into_a_hundred_columns():
+@pytest.mark.parametrize("width", [100, 112, 130, 200])
+def test_the_list_fits_into_the_terminal(width, monkeypatch):
+    monkeypatch.setattr(cli.out, "width", width)
     code, out = command()
-    assert code == 0 and max(map(len, out.splitlines())) <= 100
+    assert code == 0 and max(map(len, out.splitlines())) <= width
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert set(NAMES) <= set(rows)
     for name, entry in catalogue().items():
         paper = entry.paper.replace(", a reconstruction", " *")
         assert all(word in rows[name] for word in (entry.family, paper, CARDS[name].cost.replace(" ", ""))), rows[name]
         assert re.search(r"\b(natural|stated)\b", rows[name])
+        knobs = ", ".join(knob.name for knob in CARDS[name].tune)
+        assert (knobs if width == 200 else knobs[:11] if width > 100 else "") in rows[name][98:], rows[name]
+    assert ("tune" in out.splitlines()[0]) == (width > 100)
 
 
 @pytest.mark.parametrize("name", NAMES)
