@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', 'PlanWeightsOption', 'FiguresOption',
-           'VersionOption', 'CoresOption', 'ClusterOption', 'DryOption', 'COLOURS', 'FolderArgument', 'FileOption',
-           'ModelOption', 'EncoderOption', 'WeightsOption', 'SplitOption', 'SkipOption', 'PhotosOption',
+           'VersionOption', 'CoresOption', 'ClusterOption', 'DryOption', 'PublishedOption', 'COLOURS', 'FolderArgument',
+           'FileOption', 'ModelOption', 'EncoderOption', 'WeightsOption', 'SplitOption', 'SkipOption', 'PhotosOption',
            'NeighboursOption', 'SideOption', 'SetOption', 'RateOption', 'CardArgument', 'CardOption', 'data_app',
            'NameArgument', 'SizeOption', 'CacheOption', 'DigestOption', 'say', 'give_up', 'make_plan', 'version',
            'overview', 'counts', 'status', 'reproduce', 'tune', 'own_cores', 'find_cluster', 'preview', 'run_plan',
@@ -48,6 +48,8 @@ CoresOption = Annotated[Optional[int], typer.Option("--cores", min=1, help="How 
 ClusterOption = Annotated[Optional[str], typer.Option(
     "--cluster", help="Send the jobs to a cluster: slurm, slurm-gpu, or a folder with a Snakemake profile.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Say what would run, and why; run nothing.")]
+PublishedOption = Annotated[bool, typer.Option(
+    "--published", help="Count as done what the figures folder holds and nothing has changed since: new figures without training.")]
 
 
 def say(text: str, console: Console | None = None) -> None:
@@ -116,30 +118,34 @@ def status(profile: ProfileOption = "quick", data: DataOption = None, device: De
 @app.command()
 def reproduce(profile: ProfileOption = "quick", data: DataOption = None, device: DeviceOption = "auto",
               cores: CoresOption = None, figures: FiguresOption = None, dry_run: DryOption = False,
-              cluster: ClusterOption = None, weights: PlanWeightsOption = None) -> None:
+              cluster: ClusterOption = None, weights: PlanWeightsOption = None, published: PublishedOption = False) -> None:
     "Run what is left of a profile, then publish its figures, tables, records and reading copies."
     there = find_cluster(cluster, cores) if cluster is not None else None
     root, plan = make_plan(profile, data, device, figures, here=there is None, weights=weights)
     cores = cores or (there.jobs * plan.threads if there else own_cores())
     from dml_companion import engine, profiles
-    if dry_run: preview(plan, cores, root, there); return
+    if dry_run and not published: preview(plan, cores, root, there); return
     try:
-        with engine.project_lock(root) as lock: code = run_plan(profiles.refresh(plan, root), cores, root, lock, there)
+        with engine.project_lock(root) as lock:
+            if published: say(f"{plan.profile}: took over {engine.adopt(plan, root)} of {len(plan.jobs)} notebooks from {plan.figures}")
+            plan = profiles.refresh(plan, root)
+            if not dry_run: code = run_plan(plan, cores, root, lock, there)
     except (engine.Busy, ValueError) as e: give_up(e)
+    if dry_run: preview(plan, cores, root, there); return
     raise typer.Exit(code)
 
 
 @app.command()
 def tune(profile: ProfileOption = "quick", data: DataOption = None, device: DeviceOption = "auto",
          cores: CoresOption = None, figures: FiguresOption = None, dry_run: DryOption = False,
-         cluster: ClusterOption = None, weights: PlanWeightsOption = None) -> None:
+         cluster: ClusterOption = None, weights: PlanWeightsOption = None, published: PublishedOption = False) -> None:
     "Run the search that a profile's hyper-parameters come from, through the same engine."
     from dml_companion.reproduction import project_root
     try:
         from dml_companion.profiles import search_of
         search = search_of(profile, project_root())
     except (ValueError, FileNotFoundError) as e: give_up(e)
-    reproduce(search, data, device, cores, figures, dry_run, cluster, weights)
+    reproduce(search, data, device, cores, figures, dry_run, cluster, weights, published)
 
 
 def own_cores() -> int:

@@ -149,6 +149,56 @@ def test_a_project_from_nothing_to_published_and_after_edits(root, monkeypatch):
     assert code == 0 and "2 finished, 2 stale" in out
 
 
+def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+
+
+def test_what_is_published_need_not_be_run_again(root, monkeypatch):
+    "In a fresh checkout the records and outputs of the figures folder count as done, but for what has changed since."
+    figures, logs = root / "figures/toy", [root / "small-0.log", root / "large-0.log"]
+    assert command(root, "reproduce", "--profile", "toy")[0] == 0
+    before, trained = contents(figures), [log.read_text() for log in logs]
+
+    shutil.rmtree(root / "runs")
+    code, out = command_here(root, monkeypatch, "reproduce", "--profile", "toy", "--published")
+    assert code == 0 and "took over 4 of 4" in out and "running" not in out, out
+    assert contents(figures) == before and [log.read_text() for log in logs] == trained
+    assert "took over 0 of 4" in command_here(root, monkeypatch, "reproduce", "--profile", "toy", "--published")[1]     # nothing in runs/ is replaced
+
+    shutil.rmtree(root / "runs")
+    edit(root / "nbs/table.ipynb", "R.save_table", "print(len(runs));R.save_table")                                     # another figure: no training
+    code, out = command_here(root, monkeypatch, "reproduce", "--profile", "toy", "--published", "--dry-run")
+    assert code == 0 and "took over 3 of 4" in out and "1 of 4 notebooks would run" in out
+    code, out, err = command(root, "reproduce", "--profile", "toy", "--published")
+    assert code == 0 and [log.read_text() for log in logs] == trained, out + err
+    now_ = contents(figures)
+    assert {n for n in before if now_[n] != before[n]} == {"notebooks/table.ipynb", "provenance.json"} and '"text": "2' in now_["notebooks/table.ipynb"].decode()
+
+    for name, what in (("records/small-s0-", "small, seed 0"), ("notebooks/alone", "alone")):                           # edited by hand, or gone
+        for change in (lambda p: p.write_bytes(p.read_bytes() + b" "), lambda p: p.unlink()):
+            shutil.rmtree(root / "runs")
+            path = next(figures / n for n in now_ if n.startswith(name))
+            change(path)
+            plan = P.plan("toy", root=root)
+            E.adopt(plan, root)
+            left = {j.title for j in P.refresh(plan, root).left()}
+            assert left == {what} | ({"table"} if what != "alone" else set())
+            R.write_atomic(path, now_[path.relative_to(figures).as_posix()])
+
+
+def test_publications_that_say_less_give_their_runs_only(root, monkeypatch):
+    "Those made before notebooks were named by their job, and a folder without any."
+    plan = P.plan("toy", root=root)
+    assert E.adopt(plan, root) == 0 and not list((root / "runs").rglob("*.ipynb"))
+    assert command(root, "reproduce", "--profile", "toy")[0] == 0
+    path = root / "figures/toy/provenance.json"
+    said = json.loads(path.read_text())
+    for entry in said["notebooks"].values(): del entry["job"], entry["wrote"]
+    R.write_json_atomic(path, said)
+    shutil.rmtree(root / "runs")
+    assert E.adopt(P.plan("toy", root=root), root) == 2
+    assert states(root) == {"small, seed 0": "finished", "large, seed 0": "finished", "table": "missing", "alone": "missing"}
+
+
 def test_kill_in_the_middle_then_the_same_command(root):
     R.write_atomic(root / "hold", "")
     front = begin(root, "reproduce", "--profile", "toy", "--cores", "2")
