@@ -122,7 +122,8 @@ def markdown(table, exact) -> str:
         parts += [f"**Exact, all against all, {K} neighbours, self left out**", pipe_table(head, lines),
                   "Float32, normal vectors. Peak: the most that torch held above the embeddings themselves. Ratios are medians of ratios within a round."]
     if len(table):
-        head = ["index", "data", "n", f"setting for recall {WANTED}", "ms a query", "exact / index", "visited", "pays after, queries", "build, s", "GB", "best recall seen"]
+        head = ["index", "data", "n", f"setting for recall {WANTED}", "ms a query", "exact / index", "visited", "pays after, queries", "build, s",
+                "GB", "best recall seen"]
         lines = []
         for v in verdicts(table):
             b, pays = v["best"], "never" if v["pays"] == float("inf") else "" if v["pays"] is None else f"{v['pays']:,.0f}"
@@ -141,6 +142,7 @@ def markdown(table, exact) -> str:
 def draw(table):
     "Recall against time, a panel for each gallery."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
     from dml_companion.reproduction import use_house_style
     use_house_style()
     panels = list(table.groupby(["data", "n"], sort=False))
@@ -151,6 +153,8 @@ def draw(table):
             ax.plot(1e3 * mine.seconds, mine.recall, color=colour, marker=marker, ms=4, lw=1.4, label=name)
         ax.axvline(1e3 * rows[rows["index"] == "exact"].seconds.iloc[0], color="black", lw=1, ls="--", label="exact")
         ax.set(xscale="log", ylim=(0, 1.03), xlabel="milliseconds a query", title=f"{n:,} {data}, d = {rows.d.iloc[0]}")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if rows.seconds.max() > 100 * rows.seconds.min() else (1, 3)))
+        ax.xaxis.set_major_formatter("{x:g}"); ax.xaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].set_ylabel(f"recall of the {K} nearest")
     axes[0, -1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
     fig.text(0, -.08, f"Cosine, {table.queries.iloc[0]:,} queries at once, quickest round; points: nprobe, or ef_search of hnsw; dashed: exact search.", size=8)
