@@ -157,7 +157,7 @@ def draw(table):
         ax.xaxis.set_major_formatter("{x:g}"); ax.xaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].set_ylabel(f"recall of the {K} nearest")
     axes[0, -1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
-    fig.text(0, -.08, f"Cosine, {table.queries.iloc[0]:,} queries at once, quickest round; points: nprobe, or ef_search of hnsw; dashed: exact search.", size=8)
+    fig.text(0, -.12, f"Cosine, {table.queries.iloc[0]:,} queries at once, quickest round.\nPoints: nprobe, or ef_search of hnsw; dashed: exact search.", size=8)
     return fig
 
 

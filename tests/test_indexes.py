@@ -205,6 +205,14 @@ def test_a_sweep_is_a_row_for_each_setting_that_exists(made):
     assert plain < better
 
 
+def test_short_calls_are_repeated_and_long_ones_are_not():
+    calls = []
+    assert 0 < I.quickest(lambda: calls.append(1), 1) < 1 and len(calls) == 20
+    import time
+    calls.clear()
+    assert I.quickest(lambda: (time.sleep(.11), calls.append(1)), 2) >= .11 and len(calls) == 2
+
+
 def test_made_up_embeddings_have_near_neighbours():
     assert BOTH.dtype == np.float32 and (BOTH == I.synthetic_embeddings(640, 12, latent=6)).all()
     cosine = judge(Q, X, "cosine")
