@@ -147,7 +147,7 @@ def test_what_the_norm_layer_adds_is_recomputed(folder):
     assert len(lines) == len(pairs) > 0
 
 
-SEARCHES = {"tune_glyphs": 12, "tune_grocery": 8} # rows of each
+SEARCHES = {"tune_glyphs": 12, "tune_grocery": 8, "tune_family": 31} # rows of each
 
 
 @pytest.mark.parametrize("name, tuned_by", [(n, "tune_glyphs") for n in ("quick", "glyphs", "omniglot", "sweeps")] + [("grocery", "tune_grocery"), ("grocery_128", "tune_grocery")])
@@ -192,8 +192,9 @@ def test_the_papers_benchmarks_have_their_profiles(name):
 @pytest.mark.parametrize("search", SEARCHES)
 def test_the_winner_is_the_best_trial(search):
     log = rows_of(ROOT / f"figures/{search}/search_log.csv")
+    collapsed = {r.run for r in load_records(ROOT / f"figures/{search}") if any(n.startswith("collapsed") for n in r.notes)}
     for line in rows_of(ROOT / f"figures/{search}/search_winners.csv"):
-        assert float(line["R@1"]) == max(float(t["R@1"]) for t in log if t["objective"] == line["objective"])
+        assert float(line["R@1"]) == max(float(t["R@1"]) for t in log if t["objective"] == line["objective"] and t["run"] not in collapsed)
 
 
 @pytest.mark.parametrize("search", SEARCHES)
