@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
-from typer.testing import CliRunner
 
-from dml_companion import cli, indexes as I, retrieval as R
+from commands import refused, run
+from dml_companion import indexes as I, retrieval as R
 
 pytest.importorskip("faiss")
 few = settings(derandomize=True, deadline=None, max_examples=25)
@@ -382,21 +382,6 @@ def test_without_faiss_exact_search_goes_on_and_the_rest_says_what_to_do(monkeyp
 
 # ---- the commands
 
-def run(*words, code=0):
-    "A command as a user gives it; returns what it printed."
-    result = CliRunner().invoke(cli.app, [str(w) for w in words], env={"COLUMNS": "200"})
-    if result.exception and not isinstance(result.exception, SystemExit): raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
-
-
-def refused(*words):
-    "The one sentence of a command that was given something wrong."
-    text = run("index", *words, code=2)
-    assert text.startswith("error: ") and text.count("\n") == 1, text
-    return text
-
-
 @pytest.fixture
 def shelf(tmp_path):
     np.save(tmp_path / "x.npy", X); np.save(tmp_path / "q.npy", Q); np.save(tmp_path / "narrow.npy", Q[:, :5])
@@ -425,23 +410,23 @@ def test_build_and_query(shelf):
 
 def test_commands_refuse_in_a_sentence(shelf):
     query, answer = ("query", shelf / "i"), ("--out", shelf / "f.npz")
-    assert "queries have 5 columns and the gallery 12" in refused(*query, shelf / "narrow.npy", *answer)
-    assert "was built for metric 'euclidean', not 'cosine'" in refused(*query, shelf / "q.npy", *answer, "--metric", "cosine")
-    assert "unknown metric 'dot'" in refused("build", shelf / "x.npy", "--metric", "dot", "--out", shelf / "k")
-    assert "unknown index 'flat'" in refused("build", shelf / "x.npy", "--index", "flat", "--out", shelf / "k")
-    assert "unknown option 'metric' of ivf_pq" in refused("build", shelf / "x.npy", "--out", shelf / "k", "--set", "metric=1")
-    assert "write name=value" in refused("build", shelf / "x.npy", "--out", shelf / "k", "--set", "nlist")
-    assert "nlist must be a whole number" in refused("build", shelf / "x.npy", "--out", shelf / "k", "--set", "nlist=many")
-    assert "m=5 does not divide" in refused("build", shelf / "x.npy", "--out", shelf / "k", "--set", "m=5")
-    assert "it takes nprobe; the rest was fixed" in refused(*query, shelf / "q.npy", *answer, "--set", "nlist=3")
-    assert "unknown option 'k' of ivf_flat" in refused(*query, shelf / "q.npy", *answer, "--set", "k=3")
-    assert "use k <= 600" in refused(*query, shelf / "q.npy", *answer, "--k", 601)
-    assert ".npz or .csv" in refused(*query, shelf / "q.npy", "--out", shelf / "f.txt")
-    assert "there is no" in refused(*query, shelf / "none.npy", *answer)
-    assert "there is no index" in refused("query", shelf / "none", shelf / "q.npy", *answer)
-    assert "not those that the index was built of, 600 x 12" in refused(*query, shelf / "q.npy", *answer, "--check", shelf / "q.npy")
+    assert "queries have 5 columns and the gallery 12" in refused("index", *query, shelf / "narrow.npy", *answer)
+    assert "was built for metric 'euclidean', not 'cosine'" in refused("index", *query, shelf / "q.npy", *answer, "--metric", "cosine")
+    assert "unknown metric 'dot'" in refused("index", "build", shelf / "x.npy", "--metric", "dot", "--out", shelf / "k")
+    assert "unknown index 'flat'" in refused("index", "build", shelf / "x.npy", "--index", "flat", "--out", shelf / "k")
+    assert "unknown option 'metric' of ivf_pq" in refused("index", "build", shelf / "x.npy", "--out", shelf / "k", "--set", "metric=1")
+    assert "write name=value" in refused("index", "build", shelf / "x.npy", "--out", shelf / "k", "--set", "nlist")
+    assert "nlist must be a whole number" in refused("index", "build", shelf / "x.npy", "--out", shelf / "k", "--set", "nlist=many")
+    assert "m=5 does not divide" in refused("index", "build", shelf / "x.npy", "--out", shelf / "k", "--set", "m=5")
+    assert "it takes nprobe; the rest was fixed" in refused("index", *query, shelf / "q.npy", *answer, "--set", "nlist=3")
+    assert "unknown option 'k' of ivf_flat" in refused("index", *query, shelf / "q.npy", *answer, "--set", "k=3")
+    assert "use k <= 600" in refused("index", *query, shelf / "q.npy", *answer, "--k", 601)
+    assert ".npz or .csv" in refused("index", *query, shelf / "q.npy", "--out", shelf / "f.txt")
+    assert "there is no" in refused("index", *query, shelf / "none.npy", *answer)
+    assert "there is no index" in refused("index", "query", shelf / "none", shelf / "q.npy", *answer)
+    assert "not those that the index was built of, 600 x 12" in refused("index", *query, shelf / "q.npy", *answer, "--check", shelf / "q.npy")
     (shelf / "i").write_bytes((shelf / "i").read_bytes()[:-1])
-    assert "cut off" in refused(*query, shelf / "q.npy", *answer)
+    assert "cut off" in refused("index", *query, shelf / "q.npy", *answer)
     assert not (shelf / "f.npz").exists() and not (shelf / "k").exists()
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from typer.testing import CliRunner
 
-from dml_companion import cli, photographs as P, retrieval
+from commands import refused, run
+from dml_companion import photographs as P, retrieval
 from dml_companion.datasets import BadArchive, BrokenImage, MissingData, load
 from dml_companion.training import balanced_batches, random_batches
 
@@ -51,21 +51,6 @@ def shelf(tmp_path_factory):
     for words in (("train", home / "photos", "-o", home / "model", "--encoder", "convnet", "--size", "32", "--epochs", "3", "--lr", ".05"),
                   ("embed", home / "photos", "-o", home / "emb.npz", "--model", home / "model")): run(*words)
     return home
-
-
-def run(*words, code=0):
-    "A command as a user gives it; returns what it printed."
-    result = CliRunner().invoke(cli.app, [str(w) for w in words], env={"COLUMNS": "200"})
-    if result.exception and not isinstance(result.exception, SystemExit): raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
-
-
-def refused(*words):
-    "The one sentence of a command that was given something wrong."
-    text = run(*words, code=2)
-    assert text.startswith("error: ") and text.count("\n") == 1, text
-    return text
 
 
 def raw(root, size=32, **options): return P.embed_photos(P.open_photos(root), P.named_model("pixels", size), **options)
