@@ -340,7 +340,7 @@ def test_both_searches_are_one_protocol():
 def test_family_profiles_hold_winners_and_nothing_else(name, like):
     "Rows of tune_glyphs with its winners; rows of tune_family exactly when that search is committed, then all of them."
     profile, base = load_profile(name), load_profile(like)
-    assert profile.base == base.base and profile.data == base.data and len(profile.seeds) >= 2 and profile.tuned_by == "tune_family"
+    assert profile.base == base.base and profile.data == base.data and len(profile.seeds) >= 3 and profile.tuned_by == "tune_family"
     winners = {}
     for search in ("tune_glyphs", "tune_family"):
         log = ROOT / f"figures/{search}/search_winners.csv"
