@@ -17,6 +17,15 @@ EXEMPT = {
     "group loss": "replicator dynamics over the batch, on top of a classifier",
     "intra-batch": "a transformer layer over the batch, with weights of its own",
 }
+# Why a contender is above twice the floor; for all others PASSES.
+PASSES = "passes over (B, B) that are no products: masks, hinges, exponentials"
+MISSED = {
+    "SPCE": "its logits are not symmetric: three products where the floor has two",
+    "triplet, semi-hard nearest": "looks for a negative in the window of each positive pair: passes over (B, B) for every partner, no products",
+    "triplet, all semi-hard": "weighs all negatives in the window of each positive pair: passes over (B, B) for every partner, no products",
+    "margin, distance-weighted": "draws a partner for each anchor: weights in log-space, cumulative sums and a search in each row",
+}
+TORCH = "held against torch itself, the library has no such loss: one number there, two parts here"
 PADS = "a policy over a miner's bins: it acts once in many steps, and its reward is an evaluation of validation classes"
 
 
