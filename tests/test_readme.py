@@ -118,6 +118,16 @@ def test_tables_are_the_committed_ones():
     for path, shown in quotes: assert shown.strip() == (ROOT / path).read_text(encoding="utf-8").strip()
 
 
+def test_the_sentence_on_speed_is_the_committed_bench():
+    import pandas as pd
+    from benchmarks.contenders import EXEMPT
+    told = re.search(r"batch of (\d+) take ([\d.]+) to ([\d,]+)\s+times less .*?, (\d+) of (\d+) losses at most twice", README, re.S)
+    at = (table := pd.read_csv(ROOT / "figures/bench/losses.csv"))[table.batch == int(told[1])]
+    peers = at[(at.peer_state == "measured") & ~at.peer.fillna("").str.startswith("linear")].peer_times_ours
+    near = at[~at.objective.isin(EXEMPT)].times_floor <= 2
+    assert (f"{peers.min():.1f}", f"{peers.max():,.0f}", str(near.sum()), str(len(near))) == told.group(2, 3, 4, 5)
+
+
 def test_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert len(links) > 15
