@@ -10,10 +10,10 @@ __all__ = ['KEEP', 'NOISE', 'HARDWARE', 'BUDGET', 'failure_text', 'NotebookFaile
            'stop', 'Progress', 'epochs_done', 'last_seconds', 'past_seconds', 'time_left', 'look', 'duration', 'tail',
            'scheduler_says', 'failures', 'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest',
            'readable', 'inside', 'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'publish', 'among',
-           'take_over', 'adopt']
+           'take_over', 'adopt', 'measured', 'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
-import json, math, os, re, signal, subprocess, sys, tempfile, threading, time
+import json, math, os, random, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from importlib.util import find_spec
 from datetime import datetime, timezone
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 from .profiles import Job, Plan, beside, check_parameters, is_locked, read_yaml, spoilt, take_lock, variant_name
-from .reproduction import (digest, file_digest, load_record, notebook_digest, now, package_folder,
+from .reproduction import (Record, digest, file_digest, load_record, notebook_digest, now, package_folder,
     nearest_name, project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c05
@@ -639,3 +639,62 @@ def adopt(plan: Plan, root: Path) -> int: # how many jobs were taken over
         try: taken += take_over(job, said, copies.get(job.id), published, plan, root)
         except FileNotFoundError: continue                                 # published, and removed since
     return taken
+
+# %% ../nbs/01_foundations/08_engine.ipynb #c48
+def measured(record: Record) -> dict[str, float | None]: # "metrics/nmi", "epoch 3/loss"
+    "Every number that a training run measured; seconds, megabytes and throughput are not among them."
+    found = {f"{part}/{name}": value for part in ("metrics", "validation", "counts") for name, value in getattr(record, part).items()}
+    return found | {f"epoch {e['epoch']}/{name}": value for e in record.history for name, value in e.items() if name not in ("epoch", "seconds")}
+
+
+class Repeated(NamedTuple):
+    "A published run beside its repetition."
+    old: Record
+    new: Record
+    numbers: int # how many were compared
+    different: list[str] # the names of those that are not equal
+    gap: float # the largest difference; infinite where only one of them has the number
+
+
+def compare(old: Record, new: Record) -> Repeated:
+    "Two records, number by number; equal means every bit, and NaN equals NaN."
+    a, b = measured(old), measured(new)
+    different = [name for name in dict.fromkeys([*a, *b]) if name not in a or name not in b or a[name] != b[name]]
+    gaps = [abs(a[n] - b[n]) if None not in (a.get(n), b.get(n)) else math.inf for n in different]
+    return Repeated(old, new, len(a.keys() | b.keys()), different, max(gaps, default=0.))
+
+
+def published_runs(plan: Plan, root: Path,
+                   rows: list[str] | None = None, # only these rows
+                  ) -> list[tuple[Job, Record]]:
+    "The training jobs of a plan whose record is published under the name that they have today."
+    known = [job.row for job in plan.jobs if job.kind == "train"]
+    for row in rows or ():
+        if row not in known: raise ValueError(f"unknown row {row!r}{nearest_name(row, known)} Known: {', '.join(dict.fromkeys(known))}")
+    folder = root / f"figures/{plan.profile}/records"
+    there = {r.run: r for path in sorted(folder.glob("*.json")) for r in [load_record(path)]}
+    found = [(job, there[job.run]) for job in plan.jobs if job.kind == "train" and job.run in there and job.row in (rows or known)]
+    if not found: raise ValueError(f"no run of profile {plan.profile!r} is published in figures/{plan.profile}/records as today's code would make it"
+                                   + (f", of row {', '.join(rows)}" if rows else ""))
+    return found
+
+
+def repeat(job: Job, record: Record, # from `published_runs`
+           threads: int, # Plan.threads
+           root: Path) -> Repeated:
+    "Train one published run again, in `runs/repeat/<run>`."
+    folder = f"runs/repeat/{job.run}"
+    shutil.rmtree(root / folder, ignore_errors=True)
+    os.environ.update({f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")} | {"DML_ROOT": str(root)})
+    execute(job.notebook, f"{folder}/notebook.ipynb", {**job.parameters, "folder": folder}, root)
+    return compare(record, load_record(root / folder))
+
+
+def repeat_some(plan: Plan, root: Path, runs: int = 2, # how many
+                rows: list[str] | None = None, # of these rows only
+                draw: int = 0, # seed of the draw
+               ) -> Iterator[Repeated]:
+    "Repeat some published runs, drawn at random, controls last."
+    found = published_runs(plan, root, rows)
+    trained = [pair for pair in found if pair[0].recipe.get("epochs")] or found
+    for job, record in random.Random(draw).sample(trained, min(runs, len(trained))): yield repeat(job, record, plan.threads, root)
