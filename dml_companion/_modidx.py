@@ -2098,4 +2098,6 @@ d = { 'settings': { 'branch': 'main',
                                         'dml_companion.training.unsealed': ( '01_foundations/training.html#unsealed',
                                                                              'dml_companion/training.py'),
                                         'dml_companion.training.warmup_cosine': ( '01_foundations/training.html#warmup_cosine',
+                                                                                  'dml_companion/training.py'),
+                                        'dml_companion.training.with_checksum': ( '01_foundations/training.html#with_checksum',
                                                                                   'dml_companion/training.py')}}}
