@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature, Parameter as Argument
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 import torch
@@ -39,6 +39,9 @@ def check_batch(embeddings: Tensor, # (n, d) floating point
                 labels: Tensor, # (n,) integer class of each row
                ) -> tuple[Tensor, Tensor]: # the same embeddings, the labels as int64 on the embeddings' device
     "Refuse a batch that no objective can use; ValueError says what is wrong and what to do."
+    for what, x in zip(("embeddings", "labels"), (embeddings, labels)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{what} must be a tensor, got {type(x).__name__}: torch.as_tensor makes one of arrays and lists")
     if embeddings.ndim != 2:
         raise ValueError(f"embeddings must be (n, d), got shape {tuple(embeddings.shape)}: "
                          "flatten what follows the batch axis")
@@ -51,6 +54,8 @@ def check_batch(embeddings: Tensor, # (n, d) floating point
     if len(embeddings) != len(labels):
         raise ValueError(f"{len(embeddings)} embeddings but {len(labels)} labels: both need one row a sample")
     if len(labels) == 0: raise ValueError("empty batch: a loss needs at least one embedding")
+    if not embeddings.shape[1]:
+        raise ValueError(f"embeddings have no columns, shape {tuple(embeddings.shape)}: look at what the encoder returns")
     return embeddings, labels.to(embeddings.device, torch.int64)
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c11
@@ -95,17 +100,30 @@ class Objective(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define split(embeddings, labels) -> Parts")
 
     def parts(self, embeddings: Tensor, # (n, d) any float dtype
-              labels: Tensor) -> Parts: # (n,) integer
-        "Tightness and contrast of a batch, in full precision whatever autocast says."
+              labels: Tensor, # (n,) integer
+              mined: tuple[Tensor, ...] | None = None, # index tensors of a miner, triplets or pairs: only these count
+             ) -> Parts:
+        "Tightness and contrast of a batch, in full precision whatever autocast says; ValueError for a batch that does not fit."
+        if mined is not None: return self.on_mined(embeddings, labels, mined)
         embeddings, labels = check_batch(embeddings, labels)
+        if self.dim and embeddings.shape[1] != self.dim and any(weight.ndim > 1 for weight in self.parameters()):
+            raise ValueError(f"embeddings have {embeddings.shape[1]} columns, but the objective was made with dim={self.dim}: "
+                             f"build it with dim={embeddings.shape[1]}")
         self.counts = {}
         with torch.autocast(embeddings.device.type, enabled=False):
             wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
             return Parts(*self.split(wide, labels))
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor: # () the loss
-        "Tightness + contrast."
-        return self.parts(embeddings, labels).total
+    def on_mined(self, embeddings: Tensor, labels: Tensor, mined: tuple[Tensor, ...]) -> Parts:
+        "What a miner chose, through this loss (21b); ValueError if no miner can choose for it."
+        told = import_module(f"{PACKAGE}.mined").Mined(base=self, miner=None)
+        parts = told.parts(embeddings, labels, mined)
+        self.counts = told.counts
+        return parts
+
+    def forward(self, embeddings: Tensor, labels: Tensor, mined: tuple[Tensor, ...] | None = None) -> Tensor: # () the loss
+        "Tightness + contrast; called as in pytorch-metric-learning, a miner's indices last."
+        return self.parts(embeddings, labels, mined).total
 
     def extra_repr(self) -> str:
         "The options, for `print`."
@@ -215,13 +233,17 @@ def check_sizes(name: str, # of the objective, for the message
     "ValueError if an objective that owns one vector a class was not told how many and how long."
     if not num_classes or not dim:
         raise ValueError(f"{name} owns one vector a class: give num_classes and dim, got {num_classes} and {dim}")
+    for what, n in (("num_classes", num_classes), ("dim", dim)):
+        if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+            raise ValueError(f"{what} must be a whole number of at least 1, got {n!r}: round it, or use 1")
 
 def check_labels(labels: Tensor, # (n,) int64
                  num_classes: int) -> None: # accepted: 0 .. num_classes - 1
     "ValueError for a label out of range, on a CPU; a GPU is not made to wait for the answer."
     if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, "
-                         f"but there are {num_classes} classes: 0 to {num_classes - 1}")
+                         f"but there are {num_classes} classes: 0 to {num_classes - 1}; number the classes from 0 "
+                         "(labels.unique(return_inverse=True)[1]), or build the objective with more")
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c36
 class LinearClassifier(Objective):

@@ -607,22 +607,58 @@ def test_no_option_takes_a_value_of_another_kind(name, option):
 
 
 OWNERS = [n for n, e in TABLE.items() if e.own and n not in ("margin", "mined")]     # these own distances, no vectors
-TORCHS = {"center", "cross_entropy", "normalized_softmax", "regularised"}  # `make` asks for the first three; the last hands over to its base
 
 
 @pytest.mark.parametrize("name", OWNERS)
 def test_embeddings_of_another_dimension_are_refused(name):
     for width in (1, D - 1, D + 1):
-        with pytest.raises(ValueError) as e:
-            (objectives.make if name in TORCHS else made)(name, K, D)(torch.ones(4, width), torch.tensor([0, 0, 1, 1]))
+        for call in (made(name, K, D), made(name, K, D).parts):
+            with pytest.raises(ValueError) as e: call(torch.ones(4, width), torch.tensor([0, 0, 1, 1]))
         assert f"{width} columns" in str(e.value) and f"dim={D}" in str(e.value) and f"dim={width}" in str(e.value)
 
 
 @pytest.mark.parametrize("name", OWNERS)
 def test_sizes_are_whole_numbers(name):
     for sizes in ((2.5, D), (-1, D), (K, 2.5), (K, -1), ("x", D), (K, nan)):
-        with pytest.raises(ValueError) as e: (objectives.make if name in TORCHS else made)(name, *sizes)
+        with pytest.raises(ValueError) as e: made(name, *sizes)
         assert ("num_classes" if sizes[1] == D else "dim") in str(e.value) and "whole number of at least 1" in str(e.value)
+
+
+@pytest.mark.parametrize("name", sorted(protocol.locate()))
+def test_what_is_no_tensor_is_refused_by_parts_too(name):
+    z, y = batch(12, D, K)
+    for bad in ((z.numpy(), y), (z, y.tolist())):
+        with pytest.raises(ValueError, match="must be a tensor, got .*torch.as_tensor"): made(name, K, D).parts(*bad)
+
+
+def test_labels_out_of_range_say_what_to_do():
+    with pytest.raises(ValueError, match="from 0 to 7, but there are 3 classes: 0 to 2; number the classes from 0 .*build the objective with more"):
+        objectives.make("softmax", 3, D)(torch.randn(2, D), torch.tensor([0, 7]))
+
+
+def fitting(name):
+    "A base with options that leave the choice to a miner."
+    return made(name, K, D, **{"n_pair": {"pairs": "all"}, "multi_similarity": {"mining": None}, "snr": {"form": "triplet"}}.get(name, {}))
+
+
+@pytest.mark.parametrize("miner", ("semihard_all", "distance_weighted"))
+def test_a_miner_s_indices_are_a_third_argument_as_in_pytorch_metric_learning(miner):
+    "For every base the same number and gradient as `make('mined', base=...)`; for all others a sentence."
+    from dml_companion.losses.mined import BASES
+    from dml_companion.mining import make_miner
+    z, y = batch(24, D, K)
+    told = make_miner(miner)(z, y)
+    for name in BASES:
+        x, w = (z.clone().requires_grad_() for _ in range(2))
+        torch.manual_seed(0)                                                     # the quadruplet loss draws a stranger
+        ours = fitting(name)(x, y, told)
+        torch.manual_seed(0)
+        wrapped = objectives.make("mined", K, D, base=fitting(name), miner=None)(w, y, told)
+        ours.backward(); wrapped.backward()
+        assert_close(ours, wrapped, rtol=0, atol=0); assert_close(x.grad, w.grad, rtol=0, atol=0)
+        if name not in ("margin",): assert ours != fitting(name)(z, y), name
+    for name in sorted(set(protocol.locate()) - set(BASES) - {"mined"}):
+        with pytest.raises(ValueError, match="train it without a miner"): objectives.make(name, K, D)(z, y, told)
 
 
 @pytest.mark.parametrize("bad", (nan, float("inf")))
