@@ -152,6 +152,26 @@ def test_a_project_from_nothing_to_published_and_after_edits(root, monkeypatch):
 def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
 
 
+def test_published_runs_are_repeated_and_compared_number_by_number(root, monkeypatch):
+    assert command(root, "reproduce", "--profile", "toy")[0] == 0
+    repeat = lambda *words: command_here(root, monkeypatch, "repeat", "--profile", "toy", *words)
+    before = outputs(root)
+    code, out = repeat("--runs", "1", "--row", "small")
+    assert code == 0 and "small, seed 0: all 1 numbers are equal" in out and "0.0800" in out
+    assert {p: t for p, t in outputs(root).items() if "repeat" not in p.parts} == before             # the runs themselves are left alone
+    record = next((root / "figures/toy/records").glob("small*.json"))
+    edit(record, '"cosine/recall@1": 0.08', '"cosine/recall@1": 0.081')
+    edit(record, '"cpu": ', '"cpu": "another one", "was": ')
+    code, out = repeat("--runs", "5")                                                               # more than there are
+    assert code == 1 and "small, seed 0: 1 of 1 numbers differ, metrics/cosine/recall@1 first" in out and "0.001" in out
+    assert "large, seed 0: all 1 numbers are equal" in out and "processor another one there" in out
+    code, out = repeat("--row", "smal")
+    assert code == 2 and "unknown row 'smal', did you mean 'small'? Known: large, small" in out
+    shutil.rmtree(root / "figures/toy/records")
+    code, out = repeat()
+    assert code == 2 and "no run of profile 'toy' is published in figures/toy/records" in out
+
+
 def test_what_is_published_need_not_be_run_again(root, monkeypatch):
     "In a fresh checkout the records and outputs of the figures folder count as done, but for what has changed since."
     figures, logs = root / "figures/toy", [root / "small-0.log", root / "large-0.log"]

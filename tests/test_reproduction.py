@@ -42,6 +42,40 @@ def test_an_edit_changes_the_digests_that_depend_on_it_and_no_others(package, fi
     assert tuple(a != b for a, b in zip(before, loss_digests(package))) == changed
 
 
+def test_a_former_text_stands_in_for_what_replaced_it_and_for_nothing_else(package):
+    "A helper is written anew: with its former text the names stay, until either is touched."
+    import ast
+    before, path = loss_digests(package), package / "geometry.py"
+    anew = "def norm(x):\n    y = help(x)\n    return y\n"
+    R.write_atomic(path, path.read_text().replace("def norm(x):\n    return SCALE * x\n", anew + "def help(x): return SCALE * x\n"))
+    assert all(a != b for a, b in zip(loss_digests(package), before))
+    former = package.parent / R.FORMER / "geometry.norm.py"
+    head = f"# stands for {R.digest(R.shape(ast.parse(anew).body))}\n"
+    R.write_atomic(former, head + "def norm(x):\n    return SCALE * x  # as it was\n")
+    assert loss_digests(package) == before
+    R.write_atomic(path, path.read_text().replace("SCALE = 2", "SCALE = 3"))                    # what the former text uses still counts
+    assert all(a != b for a, b in zip(loss_digests(package), before))
+    R.write_atomic(path, path.read_text().replace("SCALE = 3", "SCALE = 2").replace("return y", "return y + 0"))
+    assert all(a != b for a, b in zip(loss_digests(package), before))                           # rewritten once more, and not vouched for
+    R.write_atomic(path, path.read_text().replace("return y + 0", "return y"))
+    assert loss_digests(package) == before
+    R.write_atomic(former, head + "def norm(x):\n    return SCALE * x + 0\n")
+    assert all(a != b for a, b in zip(loss_digests(package), before))
+    R.write_atomic(former, head + "def other(x): return x\n")
+    with pytest.raises(ValueError, match="does not define 'norm'"): loss_digests(package)
+    R.write_atomic(former, "def norm(x): return x\n")
+    with pytest.raises(ValueError, match="must begin with '# stands for ' and the digest of what replaced it, [0-9a-f]{64} today"): loss_digests(package)
+
+
+def test_every_former_text_of_the_project_is_in_force():
+    "One whose successor was edited without a word vouches for nothing: show anew that no number changed, or delete it."
+    files = sorted((ROOT / R.FORMER).glob("*.py"))
+    for file in files:
+        module, _, name = file.stem.rpartition(".")
+        assert R.definition(R.find_source(f"{R.PACKAGE}.{module}", ROOT / R.PACKAGE), name, ROOT / R.PACKAGE)[1] == R.digest(file.read_text()), file.name
+    assert files and (ROOT / R.FORMER / "README.md").is_file()
+
+
 def test_digest_follows_aliases_reexports_and_imports_inside_functions(package):
     R.write_atomic(package / "losses/__init__.py", "from .pairwise import SNCA\n")
     R.write_atomic(package / "train.py", "import dml_companion.geometry as g\nfrom . import losses\n"
