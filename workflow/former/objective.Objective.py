@@ -1,4 +1,4 @@
-# stands for 8f725d916007ef359c0f57fdab7862014fc49961035ef5f9e7958427429fd9cb
+# stands for 145161e6563aa3a06234da45ee56fb3e40096b706f0507f63df7ed62758b3709
 class Objective(nn.Module):
     "A loss in two parts, called as `objective(embeddings, labels)`; a subclass defines `split`, and `param_kind`."
     param_kind: dict[str, str] = {} # name of a weight (or its first component) -> "classifier" or "proxies"
