@@ -265,6 +265,17 @@ def test_what_stands_for_another_word_exists():
     with pytest.raises(ValueError, match="did you mean 'margin'"): Recipe.from_paper("Margin")
 
 
+def test_pair_losses_that_no_miner_takes_are_named_with_the_reason():
+    from pathlib import Path
+    from dml_companion.losses.mined import BASES
+    without = {e.name for e in catalogue().values() if e.family in ("pairwise", "ranking")} - {*BASES, "mined", "mined_triplet"}
+    assert without == {"almn", "center", "danml", "spce"}, "say of a new one why no miner takes it, in 21b"
+    folder = Path(__file__).parents[1] / "nbs/03_objectives"
+    for book, names in (("21b_mined_triplet", without), ("28_contextual", without - {"center"}), ("29_objectives", without - {"center"})):
+        text = (folder / f"{book}.ipynb").read_text(encoding="utf-8")
+        assert any("miner" in said and all(f"`{name}`" in said for name in names) for said in re.split(r'"cell_type"', text)), book
+
+
 @pytest.mark.parametrize("loss, ours", [("NTXentLoss", "snca"), ("SupConLoss", "snca")])
 def test_an_alias_is_no_lie(loss, ours):
     "With two images a class the peers' loss is ours, value and gradient."
