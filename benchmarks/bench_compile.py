@@ -2,15 +2,19 @@
 
 `torch._dynamo.explain` counts the places where the graph is cut and says why; then the objective is compiled with the
 backend "aot_eager", which traces the backward pass too but needs no C++ compiler, and value and gradient are compared.
+So graph capture and tracing are tried, and not the default backend, inductor, which generates code.
 """
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from benchmarks.common import machine_lines, pipe_table, write_text
+from benchmarks.common import kept_lines, machine_lines, pipe_table, write_text
 
-SIZE = 32
+SIZE, BACKEND = 32, "aot_eager"
+DRAWS = ("it draws, and a compiled graph draws other numbers from the same seed: sizes may not depend on labels there, so its miner fills "
+         "a wider rectangle; drawing as many, plain and compiled agree")
 
 
 def first_line(text: object) -> str:
@@ -27,6 +31,25 @@ def value_and_slope(loss, z, y) -> tuple[torch.Tensor, torch.Tensor]:
     return value.detach(), z.grad.clone()
 
 
+def agree(one, other) -> bool: # of `value_and_slope`
+    "Value and gradient, up to rounding."
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(one, other))
+
+
+def why_unequal(label: str, size: int) -> str:
+    "DRAWS if another seed changes the plain objective and it equals the compiled one when it draws as many numbers; else nothing."
+    from benchmarks.contenders import CONTENDERS, make_batch
+    (z, y), loss = make_batch(size), CONTENDERS[label].make().eval()
+    def seeded(seed):
+        torch.manual_seed(seed)
+        return loss(z, y)
+    if torch.equal(seeded(0), seeded(1)): return ""
+    torch._dynamo.reset()
+    compiled = value_and_slope(torch.compile(loss, backend=BACKEND), z, y)
+    with mock.patch("torch.compiler.is_compiling", lambda: True): as_many = value_and_slope(loss, z, y)
+    return DRAWS if agree(as_many, compiled) else ""
+
+
 def measure(label: str, size: int) -> dict:
     "Breaks, the first reason, and whether compiled and plain agree."
     from benchmarks.contenders import CONTENDERS, make_batch
@@ -40,15 +63,15 @@ def measure(label: str, size: int) -> dict:
     except Exception as e: row["why"] = first_line(f"{type(e).__name__}: {e}")
     torch._dynamo.reset()
     try:
-        plain, compiled = value_and_slope(loss, z, y), value_and_slope(torch.compile(loss, backend="aot_eager"), z, y)
-        equal = all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, compiled))
-        row["equal"] = "yes" if equal else "no"
+        plain, compiled = value_and_slope(loss, z, y), value_and_slope(torch.compile(loss, backend=BACKEND), z, y)
+        row["equal"] = "yes" if agree(plain, compiled) else "no"
+        if row["equal"] == "no": row["why"] = row["why"] or why_unequal(label, size)
     except Exception as e:
         row["equal"], row["why"] = "fails", row["why"] or first_line(f"{type(e).__name__}: {e}")
     return row
 
 
-def markdown(table) -> str:
+def markdown(table, machine: list[str] | None = None) -> str: # machine: lines for the foot; default: this one
     "The unbroken counted, then one line an objective."
     show = lambda v: "" if v != v or v is None else f"{v:g}"
     whole = int((table.breaks == 0).sum())
@@ -57,10 +80,22 @@ def markdown(table) -> str:
         f"{whole} of {len(table)} forwards are one graph without a break; "
         f"{(table.equal == 'yes').sum()} of {len(table)} give the same value and gradient when compiled. "
         f"B = {table.batch.iloc[0]}, on a CPU.",
-        pipe_table(["objective", "graphs", "breaks", "equal", "first reason"],
+        pipe_table(["objective", "graphs", "breaks", "equal", "why"],
                    [[r.objective, show(r.graphs), show(r.breaks), r.equal, r.why] for r in table.itertuples()]),
-        "Breaks by `torch._dynamo.explain`; equal: value and gradient of the plain and of the compiled objective "
-        "(backend `aot_eager`, in evaluation mode, same seed).", "\n".join(machine_lines())])
+        "Breaks by `torch._dynamo.explain`, why: the first of them; equal: value and gradient of the plain and of the compiled "
+        f"objective (backend `{BACKEND}`, in evaluation mode, same seed). Graph capture and the tracing of the backward pass are "
+        "tried here; the default backend, inductor, which generates code, is not.", "\n".join(machine or machine_lines())])
+
+
+def render(out_folder: str | Path = "figures/bench") -> None: # with compile.{csv,md}
+    "Both anew from what was counted, the machine kept; what differs and has no reason yet is asked for it."
+    import pandas as pd
+    folder = Path(out_folder)
+    table = pd.read_csv(folder / "compile.csv", keep_default_na=False, na_values={"graphs": [""], "breaks": [""]})
+    for i, row in table.iterrows():
+        if row.equal == "no" and not row.why: table.loc[i, "why"] = why_unequal(row.objective, row.batch)
+    table.to_csv(folder / "compile.csv", index=False)
+    write_text(folder / "compile.md", markdown(table, kept_lines(folder / "compile.md")))
 
 
 def main(out_folder: str | Path = "figures/bench", # csv and md go here

@@ -68,6 +68,14 @@ def machine_lines() -> list[str]:
             f"{', so other work disturbed these numbers' if LOAD > 1 else ''}"]
 
 
+def kept_lines(path: Path, # a table that was written with `machine_lines` at its foot
+              ) -> list[str]:
+    "The machine of a table that is written anew without measuring; ValueError if it names none."
+    lines = [line for line in path.read_text().split("\n\n")[-1].splitlines() if line.startswith("- ")]
+    if not lines: raise ValueError(f"{path} does not end with lines about a machine: measure anew, without --render")
+    return lines
+
+
 def write_text(path: Path, text: str) -> Path:
     "Write atomically, with one newline at the end."
     from dml_companion.reproduction import write_atomic

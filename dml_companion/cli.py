@@ -7,19 +7,20 @@ __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', '
            'VersionOption', 'CoresOption', 'ClusterOption', 'DryOption', 'PublishedOption', 'COLOURS', 'RunsOption',
            'RowsOption', 'DrawOption', 'FolderArgument', 'FileOption', 'ModelOption', 'EncoderOption', 'WeightsOption',
            'SplitOption', 'SkipOption', 'PhotosOption', 'NeighboursOption', 'SideOption', 'SetOption', 'RateOption',
-           'index_app', 'MatrixArgument', 'IndexArgument', 'IndexSetOption', 'CardArgument', 'CardOption', 'data_app',
-           'NameArgument', 'SizeOption', 'CacheOption', 'DigestOption', 'say', 'give_up', 'make_plan', 'version',
-           'overview', 'counts', 'status', 'reproduce', 'tune', 'own_cores', 'find_cluster', 'preview', 'run_plan',
-           'place', 'polite_signals', 'report', 'line_of', 'bar', 'watch', 'wait', 'beside_each_other', 'elsewhere',
-           'repeat', 'in_a_sentence', 'as_split', 'confess', 'embed', 'evaluate', 'some', 'scoreboard', 'train',
-           'report_training', 'as_options', 'search', 'sheet', 'index_build', 'index_query', 'family', 'objectives',
-           'data_list', 'data_prepare', 'again_line', 'data_verify', 'job', 'main']
+           'index_app', 'MatrixArgument', 'IndexArgument', 'IndexSetOption', 'CardArgument', 'CardOption', 'LEGEND',
+           'data_app', 'NameArgument', 'SizeOption', 'CacheOption', 'DigestOption', 'say', 'give_up', 'make_plan',
+           'version', 'overview', 'counts', 'status', 'reproduce', 'tune', 'own_cores', 'find_cluster', 'preview',
+           'run_plan', 'place', 'polite_signals', 'report', 'line_of', 'bar', 'watch', 'wait', 'beside_each_other',
+           'elsewhere', 'repeat', 'in_a_sentence', 'as_split', 'confess', 'embed', 'evaluate', 'some', 'scoreboard',
+           'train', 'report_training', 'as_options', 'search', 'sheet', 'index_build', 'index_query', 'hung', 'family',
+           'objectives', 'data_list', 'data_prepare', 'again_line', 'data_verify', 'job', 'main']
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c02
 import os, shlex, signal, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
+from textwrap import fill
 from typing import IO, TYPE_CHECKING, Annotated, Iterator, Optional
 
 import typer
@@ -534,18 +535,31 @@ CardArgument = Annotated[Optional[str], typer.Argument(metavar="[NAME]", help="A
 CardOption = Annotated[bool, typer.Option("--recipe", help="Only the published recipe of NAME, as YAML that Recipe.load reads.")]
 
 
-def family(cards: dict, width: int) -> Table: # width: columns of the terminal; what to tune needs 112 and more
-    "Every objective in a line, by family and year."
+LEGEND = {"weights": "what it learns besides the encoder (both: classifier and proxies, or its base's)",
+          "cost": "of a step, for n images, d dimensions, K classes, S vectors a class",
+          "parts": "does the paper's formula fall into tightness and contrast by itself, or is our split stated",
+          "tune": "its parameters, the most important first",
+          "*": "a reconstruction: the paper could not be read in full",
+          "memory": "of earlier batches: no recipe, but see dml-companion objectives xbm"}
+
+
+def hung(first: str, text: str, width: int) -> str: # first: what the text hangs from
+    "Text in lines of a width that hang from a word; no word is broken."
+    return fill(text, max(width, 40), initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False, break_on_hyphens=False)
+
+
+def family(cards: dict, width: int) -> str: # width: columns of the terminal
+    "Every objective by family and year, a line each where that fits, else with cost and parameters on lines below."
     from dml_companion.objective import catalogue
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for title in ("name", "family", "paper", "weights", "cost", "parts"): table.add_column(title, overflow="fold")
-    if wide := width >= 112: table.add_column("tune", no_wrap=True, overflow="ellipsis", max_width=width - 100)
+    rows = [("name", "family", "paper", "parts", "weights", "cost", "tune")]
     for e in sorted(catalogue().values(), key=lambda e: (e.family, cards[e.name].year, e.name)):
-        paper = e.paper.replace(", a reconstruction", " *")
-        table.add_row(e.name, e.family, paper, e.own[0] if len(e.own) == 1 else "both" if e.own else "-",
-                      cards[e.name].cost.replace(" ", ""), "natural" if cards[e.name].natural else "stated",
-                      *([", ".join(knob.name for knob in cards[e.name].tune)] if wide else []))
-    return table
+        owns = e.own[0] if len(e.own) == 1 else "both" if e.own else "-"
+        rows.append((e.name, e.family, e.paper.replace(", a reconstruction", " *"), "natural" if cards[e.name].natural else "stated",
+                     owns, cards[e.name].cost.replace(" ", ""), ", ".join(knob.name for knob in cards[e.name].tune)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    def joined(cells, widths): return "".join(f"{cell:{w}}  " for cell, w in zip(cells, widths))
+    if sum(widths) + 2 * len(widths) - 2 <= width: return "\n".join(joined(row, widths).rstrip() for row in rows)
+    return "\n".join(f"{joined(row[:4], widths).rstrip()}\n{hung('    ' + joined(row[4:6], widths[4:]), row[6], width)}" for row in rows)
 
 
 @app.command()
@@ -558,14 +572,9 @@ def objectives(name: CardArgument = None, recipe: CardOption = False) -> None:
         except ValueError as e: give_up(e)
         return
     if recipe: give_up(ValueError("--recipe needs the NAME of an objective, e.g. dml-companion objectives arcface --recipe"))
-    out.print(family(papers.CARDS, out.width))
-    say("\nweights: what it learns besides the encoder (both: classifier and proxies, or its base's)\n"
-        "cost:    of a step, for n images, d dimensions, K classes, S vectors a class\n"
-        "parts:   does the paper's formula fall into tightness and contrast by itself, or is our split stated\n"
-        "tune:    its parameters, the most important first (from 112 columns on, and in a pipe)\n"
-        "*        a reconstruction: the paper could not be read in full\n"
-        "memory:  of earlier batches: no recipe, a class for your own loop: dml-companion objectives xbm\n"
-        "More, with defaults, tuning and the published recipe: dml-companion objectives NAME")
+    say(family(papers.CARDS, out.width) + "\n")
+    for word, text in LEGEND.items(): say(hung(f"{f'{word}:' if word != '*' else word:9s}", text, out.width))
+    say("Defaults, tuning, published recipe: dml-companion objectives NAME")
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c21
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="See, prepare and verify the data sets.")

@@ -752,10 +752,12 @@ def test_benchmark_writes_its_files(tmp_path, monkeypatch):
     assert table.peer_times_ours.notna().sum() == 2 * sum(c.peer is not None for c in CONTENDERS.values())
     text = (tmp_path / "losses.md").read_text()
     assert "torch 2." in text and "cores" in text and "/" + "work" not in text
-    assert set(pd.read_csv(tmp_path / "losses_targets.csv").verdict) == {"not measured", "exempt"}       # no B = 512 here
-    row = dict(batch=512, times_floor=2.1, peer_times_ours=499.)
-    made = pd.DataFrame([dict(row, objective="lifted"), dict(row, objective="circle", times_floor=1.9),
-                         dict(row, objective="histogram", peer_times_ours=.9)])
+    written = pd.read_csv(tmp_path / "losses_targets.csv").set_index("batch").verdict
+    assert set(written.get(512)) == {"not measured"} and {16., 32., 512.} == {*written.index.dropna()}    # no B = 512 here
+    row = dict(batch=512, times_floor=2.1, best_times_floor=2.1, peer_times_ours=499., best_peer_times_ours=499., peer="lifted",
+               peer_times_floor=1000., times_autograd=1.)
+    made = pd.DataFrame([dict(row, objective="lifted"), dict(row, objective="circle", times_floor=1.9, best_times_floor=1.9),
+                         dict(row, objective="histogram", peer_times_ours=.9, best_peer_times_ours=.9, ours_ms=3., floor_ms=1.)])
     found = targets(made).set_index(["objective", "kind"])
     verdict = {name: tuple(found.verdict[name, kind] for kind in ("peer / ours", "ours / floor"))
                for name in ("lifted", "circle", "histogram")}

@@ -440,3 +440,18 @@ def test_weights_have_kinds_and_an_objective_without_split_says_so():
     assert set(objectives.make("regularised", 5, 4).param_groups()) == {"proxies"}
     assert set(objectives.make("regularised", 5, 4, base="cross_entropy").param_groups()) == {"classifier"}
     assert isinstance(objectives.make("regularised", 5, 4).objective, Objective)
+
+
+def test_the_audit_s_words_on_the_means_are_checked_where_they_stand():
+    "`Base a > 1, or the order reverses`, `convex for K > 0, concave for K < 0`: the cells of notebook 24 fail if either is wrong."
+    import json
+    from pathlib import Path
+    book = json.loads((Path(__file__).parents[1] / "nbs/03_objectives/24_centre_regularisers.ipynb").read_text(encoding="utf-8"))
+    first, second = ("".join(c["source"]) for c in book["cells"] if c["id"] in ("c31", "c33"))
+    scope = {**vars(R), "torch": torch, "np": np, "log": log, "assert_close": assert_close, "PAPER": "", "claim": lambda **told: None}
+    exec(first, scope), exec(second, dict(scope))
+    swapped = first.replace("(2., 10.), (.1, .5)", "(2., .5), (.1, 10.)")
+    assert swapped != first
+    with pytest.raises(AssertionError): exec(swapped, dict(scope))
+    with pytest.raises(AssertionError): exec(second, scope | {"tail_mean": lambda values, K: R.tail_mean(values, -K)})
+    with pytest.raises(AssertionError): exec(second, scope | {"tail_mean": lambda values, K: values.square().mean(-1).sqrt()})     # bends

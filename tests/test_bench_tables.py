@@ -1,0 +1,67 @@
+"The committed tables of the bench: their verdicts follow from what was measured, and each has a reason where it needs one."
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+pd = pytest.importorskip("pandas")
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "figures/bench"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch): monkeypatch.syspath_prepend(ROOT)
+
+
+def test_every_measured_size_has_a_verdict_against_the_peer():
+    table, found = pd.read_csv(BENCH / "losses.csv"), pd.read_csv(BENCH / "losses_targets.csv")
+    from benchmarks.bench_losses import PEER_TARGETS, PEERS_AT
+    rows = found[found.kind == "peer / ours"].set_index(["objective", "batch"])
+    measured = table[table.peer_state == "measured"].set_index(["objective", "batch"])
+    assert {*rows.index} == {*measured.index} and {128, 512, 1024, 4096} == {*rows.index.get_level_values("batch")}
+    text = (BENCH / "losses.md").read_text()
+    (told,) = re.findall(r"\*\*Slower than the peer\*\*.*?:\n\n((?:- .*\n)+)", text)
+    for (label, b), row in rows.iterrows():
+        ratio, target = measured.peer_times_ours[label, b], PEER_TARGETS.get(label, 1) if b == PEERS_AT else 1
+        assert row.target == target and row.verdict == ("met" if ratio >= target else "not met")
+        line = next((line for line in told.splitlines() if line.startswith(f"- {label}: ")), "")
+        assert (re.search(rf"\b{ratio:.2f} at B = {b:,.0f}\b", line) is not None) == (ratio < 1), (label, b)
+    assert "N-pair, no norm: 0.80 at B = 128" in told and "ArcFace, 3 sub-centres: 0.93 at B = 1,024" in told
+
+
+def test_medians_and_quickest_runs_that_disagree_decide_nothing():
+    from benchmarks.contenders import EXEMPT
+    table, found = pd.read_csv(BENCH / "losses.csv"), pd.read_csv(BENCH / "losses_targets.csv")
+    rows = found[(found.kind == "ours / floor") & found.batch.notna()].set_index(["objective", "batch"])
+    for r in table[table.batch >= 512].itertuples():
+        median, best = r.times_floor <= 2, r.best_times_floor <= 2
+        expected = "exempt" if r.objective in EXEMPT else "undecided" if median != best else "met" if median else "not met"
+        row = rows.loc[(r.objective, r.batch)]
+        assert row.verdict == expected and (expected == "met") == (row.why != row.why), (r.objective, r.batch)
+    assert {*rows[rows.verdict == "undecided"].index} == {
+        ("margin, all pairs", 512), ("SNR, contrastive", 512), *((name, 4096) for name in ("triplet, squared", "lifted", "angular", "circle"))}
+
+
+def test_the_tables_are_what_the_csv_gives(tmp_path):
+    "Written anew without measuring: the same bytes, machine and rounds included."
+    pytest.importorskip("matplotlib")
+    from benchmarks.__main__ import main
+    for name in ("losses.csv", "losses.md", "compile.csv", "compile.md"): shutil.copy(BENCH / name, tmp_path)
+    main(["--render", "--out", str(tmp_path)])
+    for name in ("losses.csv", "losses.md", "losses_targets.csv", "compile.csv", "compile.md"):
+        assert (tmp_path / name).read_bytes() == (BENCH / name).read_bytes(), name
+    assert {"losses.png", "losses.svg", "losses_peers.png", "losses_peers.svg"} <= {f.name for f in tmp_path.iterdir()}
+    (tmp_path / "compile.md").write_text("# torch.compile\n")
+    with pytest.raises(ValueError, match="lines about a machine"): main(["compile", "--render", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit): main(["memory", "--render"])
+
+
+def test_what_differs_when_compiled_has_a_reason_that_is_tried():
+    from benchmarks.bench_compile import DRAWS, why_unequal
+    table = pd.read_csv(BENCH / "compile.csv", keep_default_na=False)
+    different = table[table.equal != "yes"]
+    assert {*different.objective} == {"margin, distance-weighted"} and {*different.why} == {DRAWS}
+    assert why_unequal("margin, distance-weighted", 16) == DRAWS and why_unequal("contrastive", 16) == ""
+    text = (BENCH / "compile.md").read_text()
+    assert DRAWS in text and "inductor, which generates code, is not" in text
