@@ -6,7 +6,7 @@
 __all__ = ['PLACES', 'TRIES', 'BOX', 'FLIP', 'AFFINE', 'FACTORS', 'ORDER', 'free_bytes', 'upload', 'checked', 'sent',
            'DevicePack', 'streamed', 'central_box', 'draw_boxes', 'draw_table', 'positions', 'stretch', 'by_matrices',
            'undo_affine', 'by_grid', 'Norm', 'normalisation', 'resample', 'grey', 'turn_hue', 'blend', 'jitter',
-           'augment', 'Crossings', 'waits', 'training_batches']
+           'augment', 'Crossings', 'Constants', 'waits', 'training_batches']
 
 # %% ../nbs/01_foundations/05b_device_batches.ipynb #c02
 import math, os
@@ -16,6 +16,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .datasets import Split
@@ -366,12 +367,24 @@ class Crossings(TorchDispatchMode):
         if len(large) > 1: self.seen.append(str(func))
         return out
 
+class Constants(TorchFunctionMode):
+    "Notes where Python numbers are carried to a device: that waits too, though no tensor crosses."
+    def __init__(self, seen: list[str]): # the list to write to
+        "Write to a list that is there."
+        super().__init__()
+        self.seen = seen
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        carries = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and not isinstance(args[-1], Tensor)
+        if carries and out.device.type != "cpu": self.seen.append(func.__name__)
+        return out
+
 def waits(call: Callable[..., Any], # a computation on tensors
           *tensors: Tensor, # its inputs; only their shapes and types count
          ) -> list[str]: # operators that would make the host wait, empty if none
     "Run a computation on shapes alone, and say what in it would need a value on the host or a copy between devices."
     shapes = [t.to("meta") for t in tensors]
-    with Crossings() as noted:
+    with Crossings() as noted, Constants(noted.seen):
         try: call(*shapes)
         except (NotImplementedError, RuntimeError) as e: noted.seen.append(str(e).split(" raises ")[0].splitlines()[0])
     return noted.seen

@@ -384,9 +384,10 @@ def test_nothing_reads_a_value_or_crosses_to_the_host(config, more):
 def test_the_check_sees_what_it_should():
     x = torch.rand(4, 3, 8, 8)
     for call in (lambda t: t.sum().item(), lambda t: t.nonzero(), lambda t: t[t > .5], lambda t: t.cpu(), lambda t: t * torch.ones(3, 1, 1).to(t.device),
+                 lambda t: t * torch.tensor([[[1.]]] * 3, device=t.device), lambda t: t * t.new_tensor(2.), lambda t: torch.as_tensor([1], device=t.device),
                  lambda t: float(t.mean()), lambda t: 1 if t.sum() > 0 else 0, lambda t: t.tolist(), lambda t: augment_batch(t, CARS, gen())):
         assert waits(call, x)
-    assert waits(lambda t: t * 2 + t.mean(), x) == [] == waits(lambda t: t * 2, x.to("meta"))
+    assert waits(lambda t: t * 2 + t.mean() * torch.tensor(2.) + torch.as_tensor(t), x) == [] == waits(lambda t: t * 2, x.to("meta"))
 
 
 @pytest.mark.parametrize("config, more", VARIANTS)
