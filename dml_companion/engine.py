@@ -578,7 +578,7 @@ def refresh_quotes(page: Path, # a Markdown file; nothing happens without it
     if new != old: write_atomic(page, new)
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c41
-BUDGET = 12_000_000 # bytes of all reading copies together
+BUDGET = 16_000_000 # bytes of all reading copies together
 
 
 def publish(plan: Plan, root: Path) -> None:
