@@ -57,7 +57,8 @@ def check_batch(embeddings: Tensor, # (n, d) floating point
         raise ValueError(f"{len(embeddings)} embeddings but {len(labels)} labels: both need one row a sample")
     if len(labels) == 0: raise ValueError("empty batch: a loss needs at least one embedding")
     if not embeddings.shape[1]:
-        raise ValueError(f"embeddings have no columns, shape {tuple(embeddings.shape)}: look at what the encoder returns")
+        raise ValueError(f"embeddings must have at least one dimension, got shape {tuple(embeddings.shape)}: they have no columns, "
+                         "look at what the encoder returns")
     return embeddings, labels.to(embeddings.device, torch.int64)
 
 # %% ../nbs/01_foundations/04_objective.ipynb #c11
@@ -128,17 +129,20 @@ class Objective(nn.Module):
         self.num_classes, self.dim, self.counts = num_classes, dim, {}
 
     def __init_subclass__(cls, **given):
-        "A subclass's own constructor checks the kinds of its options first, and names the default where it refuses a value."
+        "A subclass's own constructor also checks the kinds of its options, and names the default where it refuses a value."
         super().__init_subclass__(**given)
         if (build := vars(cls).get("__init__")) is None: return
         @wraps(build)
         def checked(self, *sizes, **given):
             if type(self).__init__ is not checked: return build(self, *sizes, **given)     # called by a subclass, with values of its own
-            check_kinds(cls, {name: value for name, value in given.items() if name in options(cls)})
+            known = {name: value for name, value in given.items() if name in options(cls)}
+            check_kinds(cls, {name: value for name, value in known.items() if name.endswith("_options")})
             try: build(self, *sizes, **given)
             except ValueError as e:
-                if ":" in str(e) or not (named := [o for o in given if str(e).startswith(o) and o in options(cls)]): raise
+                if ":" in str(e) or not (named := [o for o in known if str(e).startswith(o)]): raise
                 raise ValueError(f"{e}: the default is {options(cls)[named[0]]!r}") from None
+            except (TypeError, RuntimeError, AttributeError): check_kinds(cls, known); raise       # Python's or torch's words; ours name the value
+            check_kinds(cls, known)
         cls.__init__ = checked
 
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:

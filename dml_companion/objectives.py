@@ -39,13 +39,16 @@ def make(name: str, # snake_case, one of `objective.locate()`
         ) -> Objective:
     "Build an objective by name; a ValueError names an unknown name or option, or a value it cannot work with, and what is usual."
     cls = find(name, given)
-    check_kinds(cls, given); check_limits(name, given); check_inner(cls, given)
-    try: return cls(num_classes, dim, **given)
-    except (TypeError, RuntimeError, AttributeError) as e:            # Python's or torch's words; ours name the value
+    fault = None
+    try: loss = cls(num_classes, dim, **given)
+    except (TypeError, RuntimeError, AttributeError) as e: fault = e  # Python's or torch's words; ours name the value
+    check_inner(cls, given); check_limits(name, given)
+    if fault:
         from dml_companion.losses.classification import check_count
         check_count(**{k: v for k, v in dict(num_classes=num_classes, dim=dim).items() if v is not None})
         told = ", ".join(f"{k}={v!r}" for k, v in given.items())
-        raise ValueError(f"{name} cannot be made with {told}: {e}. Its defaults: {shown_defaults(cls)}") from e
+        raise ValueError(f"{name} cannot be made with {told}: {fault}. Its defaults: {shown_defaults(cls)}") from fault
+    return loss
 
 # %% ../nbs/03_objectives/29_objectives.ipynb #c09
 LABELS = "labels are compared with the number of classes, on a CPU only"

@@ -370,7 +370,7 @@ def test_family_profiles_hold_winners_and_nothing_else(name, like):
 
 def test_both_family_profiles_hold_the_same_rows():
     one, two = (load_profile(name) for name in PROFILES)
-    assert {k: (v.label, v.recipe) for k, v in one.rows.items()} == {k: (v.label, v.recipe) for k, v in two.rows.items()} and one.seeds == two.seeds
+    assert {k: (v.label, v.recipe) for k, v in one.rows.items()} == {k: (v.label, v.recipe) for k, v in two.rows.items()} and set(two.seeds) <= set(one.seeds)
 
 
 def test_the_notebook_says_what_was_run():

@@ -1,4 +1,4 @@
-# stands for 145161e6563aa3a06234da45ee56fb3e40096b706f0507f63df7ed62758b3709
+# stands for 41066568e90564c0c6e52b9d22436fda4fee71a0c3b27ef92f1cd5051be02890
 class Objective(nn.Module):
     "A loss in two parts, called as `objective(embeddings, labels)`; a subclass defines `split`, and `param_kind`."
     param_kind: dict[str, str] = {} # name of a weight (or its first component) -> "classifier" or "proxies"

@@ -1,4 +1,4 @@
-# stands for eb55435a8c53f9f8f74e8e36cc3a8f0efbedf5f894fdfa1e06f0ce5b1e2a3a36
+# stands for d80ee8e2d7d5f2d3fdabae7d117cfdfe14ef0ce630f5aa11d1fc187511c684fe
 def check_batch(embeddings: Tensor, # (n, d) floating point
                 labels: Tensor, # (n,) integer class of each row
                ) -> tuple[Tensor, Tensor]: # the same embeddings, the labels as int64 on the embeddings' device
