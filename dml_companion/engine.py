@@ -694,7 +694,7 @@ def repeat_some(plan: Plan, root: Path, runs: int = 2, # how many
                 rows: list[str] | None = None, # of these rows only
                 draw: int = 0, # seed of the draw
                ) -> Iterator[Repeated]:
-    "Repeat some published runs, drawn at random, controls last."
+    "Repeat some published runs, drawn at random; untrained controls only where nothing else is there."
     found = published_runs(plan, root, rows)
     trained = [pair for pair in found if pair[0].recipe.get("epochs")] or found
     for job, record in random.Random(draw).sample(trained, min(runs, len(trained))): yield repeat(job, record, plan.threads, root)
