@@ -99,7 +99,7 @@ def row_of(label: str, size: int, times: dict[str, list[float]], too_large: bool
                 peer_times_floor=against(peer, floor) if peer else None)
 
 
-def torch_takes(row) -> float: # row: of `row_of`, of a loss over pairs
+def torch_takes(row) -> "float | Series": # row: of `row_of`, of a loss over pairs; or a table of such
     "Torch's own similarity matrix and its backward pass, in floors."
     return row.times_floor / row.times_autograd
 
@@ -173,9 +173,9 @@ def torch_says(table) -> str:
     "How much of twice the floor torch itself takes for a similarity matrix."
     pairs = table[table.times_autograd.notna() & (table.batch >= TARGET_FROM)]
     if pairs.empty: return ""
-    takes = [f"{torch_takes(mine.iloc[0]):.2f} at B = {b:,}" for b, mine in pairs.groupby("batch")]
-    return ("Torch's own similarity matrix of normalised embeddings and its backward pass take "
-            f"{', '.join(takes)} times this floor, and no loss yet.")
+    takes = [f"{torch_takes(mine).median():.2f} at B = {b:,}" for b, mine in pairs.groupby("batch")]
+    return ("Before any loss, torch's own similarity matrix of normalised embeddings and its backward pass take, in floors: "
+            f"{', '.join(takes)}.")
 
 
 def markdown(table, rounds: dict[int, int], machine: list[str] | None = None) -> str: # machine: for the foot; default: this one
@@ -265,7 +265,8 @@ def draw_peers(table):
         colour = COLOURS[0] if r.peer_times_ours >= target else COLOURS[1]
         ax.plot([target] * 2, [y - .35, y + .35], color="grey", lw=1.2)
         ax.plot(r.peer_times_ours, y, "o", color=colour)
-        ax.annotate(f"{r.peer_times_ours:.3g}" if r.peer_times_ours < 999 else f"{r.peer_times_ours:,.0f}", (r.peer_times_ours, y), (6, 0), textcoords="offset points", va="center",
+        times = f"{r.peer_times_ours:.3g}" if r.peer_times_ours < 999 else f"{r.peer_times_ours:,.0f}"
+        ax.annotate(times, (r.peer_times_ours, y), (6, 0), textcoords="offset points", va="center",
                     size=8, color=colour)
     ax.set_yticks(range(len(rows)), [r.objective if r.batch == PEERS_AT else f"{r.objective} (B = {r.batch})"
                                      for r in rows.itertuples()])

@@ -278,10 +278,11 @@ def beside_each_other(found: "list[Repeated]") -> Table:
 
 def elsewhere(found: "list[Repeated]") -> list[str]:
     "How processor and libraries differ from those of the published runs, in words."
-    changes = {f"{name} {old} there, {new} here" for r in found for name, old, new in (
-        ("processor", r.old.provenance.get("cpu"), r.new.provenance.get("cpu")),
-        *((n, v, r.new.provenance.get("versions", {}).get(n)) for n, v in r.old.provenance.get("versions", {}).items() if n in ("torch", "numpy"))) if old != new}
-    return sorted(changes)
+    def facts(record):
+        libraries = record.provenance.get("versions", {})
+        return {"processor": record.provenance.get("cpu"), **{name: libraries.get(name) for name in ("torch", "numpy")}}
+    pairs = {(name, old, facts(r.new)[name]) for r in found for name, old in facts(r.old).items()}
+    return sorted(f"{name} {old} there, {new} here" for name, old, new in pairs if old != new)
 
 
 @app.command()

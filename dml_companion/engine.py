@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KEEP', 'NOISE', 'HARDWARE', 'BUDGET', 'failure_text', 'NotebookFailed', 'broken_cell', 'describe_failure',
            'papermill', 'execute', 'locked', 'check_code', 'trained_files', 'drop_old_claims', 'seal', 'is_front',
-           'follow_front', 'one_gpu', 'run_job', 'do_job', 'note_failure', 'Busy', 'project_lock', 'Cluster',
-           'load_cluster', 'snakemake_flags', 'snakemake_command', 'guarded_snakemake', 'job_environment', 'start',
-           'stop', 'Progress', 'epochs_done', 'last_seconds', 'past_seconds', 'time_left', 'look', 'duration', 'tail',
-           'scheduler_says', 'failures', 'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest',
-           'readable', 'inside', 'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'publish', 'among',
-           'take_over', 'adopt', 'measured', 'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
+           'follow_front', 'one_gpu', 'thread_limits', 'run_job', 'do_job', 'note_failure', 'Busy', 'project_lock',
+           'Cluster', 'load_cluster', 'snakemake_flags', 'snakemake_command', 'guarded_snakemake', 'job_environment',
+           'start', 'stop', 'Progress', 'epochs_done', 'last_seconds', 'past_seconds', 'time_left', 'look', 'duration',
+           'tail', 'scheduler_says', 'failures', 'clean_text', 'clean_output', 'machine_folders', 'reading_copy',
+           'manifest', 'readable', 'inside', 'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'publish',
+           'among', 'take_over', 'adopt', 'measured', 'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
 import json, math, os, random, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -184,6 +184,11 @@ def one_gpu(plan: Plan, root: Path) -> Iterator[None]:
         yield
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c19
+def thread_limits(n: int) -> dict[str, str]: # environment variables
+    "What keeps the libraries of a job to n threads."
+    return {f"{name}_NUM_THREADS": str(n) for name in ("OMP", "MKL", "OPENBLAS")}
+
+
 def run_job(plan_file: str, # written by the front end, from the root
             job_id: str, # the job to do
             root: Path | None = None, # the project
@@ -192,8 +197,7 @@ def run_job(plan_file: str, # written by the front end, from the root
     root = root or project_root()
     plan = Plan(**json.loads((root / plan_file).read_text(encoding="utf-8")))
     job, output = plan.job(job_id), root / plan.job(job_id).output
-    threads = {f"{name}_NUM_THREADS": str(plan.threads) for name in ("OMP", "MKL", "OPENBLAS")}
-    os.environ.update({**threads, "DML_ROOT": str(root), "DML_MANIFEST": str(beside(output, "files"))})
+    os.environ.update({**thread_limits(plan.threads), "DML_ROOT": str(root), "DML_MANIFEST": str(beside(output, "files"))})
     follow_front()
     try:
         with locked(beside(output, "lock"), patience=120), one_gpu(plan, root): do_job(job, root)
@@ -685,7 +689,7 @@ def repeat(job: Job, record: Record, # from `published_runs`
     "Train one published run again, in `runs/repeat/<run>`."
     folder = f"runs/repeat/{job.run}"
     shutil.rmtree(root / folder, ignore_errors=True)
-    os.environ.update({f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")} | {"DML_ROOT": str(root)})
+    os.environ.update(job_environment(root) | thread_limits(threads))
     execute(job.notebook, f"{folder}/notebook.ipynb", {**job.parameters, "folder": folder}, root)
     return compare(record, load_record(root / folder))
 

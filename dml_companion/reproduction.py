@@ -6,13 +6,13 @@
 __all__ = ['PACKAGE', 'BYSTANDERS', 'FORMER', 'TRAIN_NOTEBOOK', 'EXEMPT', 'KEEPS', 'LIBRARIES', 'STYLE', 'project_root',
            'canonical', 'digest', 'file_digest', 'write_atomic', 'read_json', 'relative', 'without_nan',
            'write_json_atomic', 'shape', 'package_folder', 'bound_names', 'imported_names', 'Source', 'parse_source',
-           'find_source', 'dotted', 'resolve', 'mentions', 'uses', 'definition', 'reachable', 'code_digest', 'shape_of',
-           'code_cells', 'cell_code', 'is_bystander', 'notebook_roots', 'notebook_digest', 'results_digest', 'Run',
-           'train_digest', 'run_id', 'identify', 'now', 'git_state', 'processor', 'versions', 'provenance', 'Record',
-           'write_record', 'nearest_name', 'complaint', 'one_complaint', 'known_fields', 'load_record', 'load_records',
-           'mean_interval', 'result_table', 'metric_of', 'paired_difference', 'table_markdown', 'announce',
-           'output_folder', 'Claim', 'write_claim', 'load_claims', 'claim_table', 'style_of', 'use_house_style',
-           'save_figure', 'save_table', 'csv_text', 'plain_markdown']
+           'find_source', 'dotted', 'resolve', 'mentions', 'uses', 'definition', 'read_former', 'reachable',
+           'code_digest', 'shape_of', 'code_cells', 'cell_code', 'is_bystander', 'notebook_roots', 'notebook_digest',
+           'results_digest', 'Run', 'train_digest', 'run_id', 'identify', 'now', 'git_state', 'processor', 'versions',
+           'provenance', 'Record', 'write_record', 'nearest_name', 'complaint', 'one_complaint', 'known_fields',
+           'load_record', 'load_records', 'mean_interval', 'result_table', 'metric_of', 'paired_difference',
+           'table_markdown', 'announce', 'output_folder', 'Claim', 'write_claim', 'load_claims', 'claim_table',
+           'style_of', 'use_house_style', 'save_figure', 'save_table', 'csv_text', 'plain_markdown']
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c02
 import ast, hashlib, importlib.util, json, math, os, platform, re, subprocess, sys
@@ -227,6 +227,13 @@ def definition(source: Source, name: str, # one of source.names
     "What a name stands for: its code, or the former text whose first line vouches for that code; ValueError for another first line."
     path = folder.parent / FORMER / f"{source.name.removeprefix(f'{PACKAGE}.')}.{name}.py"
     if not name or not path.is_file(): return source.names[name], ""
+    key = "former", name, path.stat().st_mtime_ns, path.stat().st_size
+    if key not in source.memo: source.memo[key] = read_former(path, source, name)
+    return source.memo[key]
+
+
+def read_former(path: Path, source: Source, name: str) -> tuple[list[ast.stmt], str]: # as `definition`
+    "Read a former text, and see whether it is in force."
     text = path.read_text(encoding="utf-8")
     if not (vouched := re.match(r"# stands for ([0-9a-f]{64})\n", text)):
         raise ValueError(f"{path.name} in {FORMER} must begin with '# stands for ' and the digest of what replaced it, "

@@ -9,7 +9,7 @@ __all__ = ['ALIASES', 'TRAINING', 'GREY', 'NO_ROOM', 'Observer', 'WATCHED', 'Str
            'restore_random_states', 'DiskFull', 'save_atomic', 'with_checksum', 'sealed', 'unsealed',
            'checkpoint_before', 'save_checkpoint', 'load_checkpoint', 'FolderInUse', 'alone_in', 'Collapsed', 'Result',
            'pick_device', 'cpu_threads', 'monitor', 'check_fit', 'epoch_batches', 'train_epoch', 'fit',
-           'seed_everything', 'Run', 'step_bytes', 'kept_epochs', 'Snapshots']
+           'seed_everything', 'Run', 'step_bytes', 'kept_epochs', 'packed', 'Snapshots']
 
 # %% ../nbs/01_foundations/05_training.ipynb #c02
 import copy, errno, hashlib, io, json, math, os, random, shutil, time, warnings
@@ -751,6 +751,11 @@ def kept_epochs(epochs: int, # of the run
     "The epochs after which embeddings are kept: all of a short run, evenly spread ones of a long run."
     return sorted({round(i * epochs / most) for i in range(most + 1)} if epochs > most else range(epochs + 1))
 
+def packed(**arrays: np.ndarray) -> bytes: # of an .npz file
+    "What np.savez would write."
+    np.savez(buffer := io.BytesIO(), **arrays)
+    return buffer.getvalue()
+
 class Snapshots:
     "An observer for `fit` that keeps embeddings (and a classifier's weights) of some epochs in `folder/epochs/`."
     def __init__(self, folder: str | Path, # the run's
@@ -765,9 +770,7 @@ class Snapshots:
         for name in ("weight", "bias"):
             if (value := getattr(objective, name, None)) is not None: arrays[name] = value.detach().float().cpu().numpy()
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{epoch:04d}.{os.getpid()}.partial"
-        with open(partial, "wb") as file: np.savez(file, **arrays)
-        os.replace(partial, self.folder / f"{epoch:04d}.npz")
+        save_atomic(packed(**arrays), self.folder / f"{epoch:04d}.npz")
 
     def merge(self, **labels: np.ndarray, # kept beside them: the labels of each split
              ) -> Path: # folder / epochs.npz: "epoch" (E,), each array with E in front, and the labels
@@ -777,10 +780,8 @@ class Snapshots:
         for file in files.values():
             if not file.exists(): raise ValueError(f"{file} is missing: delete the run's checkpoint.pt to train it again")
         found = [dict(np.load(file)) for file in files.values()]
-        partial = target.with_name(f"epochs.{os.getpid()}.partial")
-        with open(partial, "wb") as out:
-            np.savez(out, epoch=np.array(list(files)), **{k: np.stack([f[k] for f in found]) for k in found[0]}, **labels)
-        os.replace(partial, target)
+        together = {k: np.stack([f[k] for f in found]) for k in found[0]}
+        save_atomic(packed(epoch=np.array(list(files)), **together, **labels), target)
         shutil.rmtree(self.folder)
         return target
 
