@@ -22,7 +22,7 @@ from dml_companion.datasets import load
 from dml_companion.encoders import build_encoder, embed
 from dml_companion.objective import Objective, Parts
 from dml_companion.training import (Augment, Collapsed, Recipe, TRAINING, augment_batch, balanced_batches, build_optimizer, crop_boxes,
-                                    Snapshots, fit, kept_epochs, parameter_groups, random_batches, step_bytes, warmup_cosine)
+                                    Snapshots, fit, kept_epochs, parameter_groups, random_batches, rate_factor, step_bytes, warmup_cosine)
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(max_train_classes=24, max_test_classes=12)
@@ -79,7 +79,9 @@ CHANGED = dict(
     classifier_lr=dict(classifier_lr=3.), proxy_lr=dict(objective="normalized_softmax", proxy_lr=3.), momentum=dict(momentum=.5),
     nesterov=dict(nesterov=True), weight_decay=dict(weight_decay=.05), schedule=dict(schedule="constant"), warmup=dict(warmup=1),
     epochs=dict(epochs=1), batch_size=dict(batch_size=24), sampler=dict(sampler="balanced", per_class=4), per_class=dict(sampler="balanced", per_class=8),
-    clip=dict(clip=.01), precision=dict(precision="bf16"), threads=None, patience=None)
+    clip=dict(clip=.01), precision=dict(precision="bf16"), threads=None, patience=None,
+    epsilon=dict(optimizer="adam", lr=.01, epsilon=.1), milestones=dict(schedule="step", milestones=(1,)),
+    decay=dict(schedule="step", milestones=(1,), decay=.5), crop=dict(pipeline="device", crop=24), pipeline=dict(pipeline="device"))
 
 
 def test_every_field_is_tried():
@@ -90,11 +92,16 @@ def test_every_field_is_tried():
 def test_every_field_changes_the_run(field, data, reference):
     changes = dict(CHANGED[field])
     source = load("glyphs", progress=False, size=24, **SMALL) if field == "size" else data
-    if field == "schedule":
-        recipe = Recipe(**{k: v for k, v in BASE.items() if k != "warmup"}, **changes)
-        assert not same(reference, fit(recipe, source, make(recipe), progress=False))
+    stairs = {k: v for k, v in BASE.items() if k != "warmup"}
+    if "schedule" in changes:
+        recipe = Recipe(**stairs, **changes)
+        without = Recipe(**stairs, **(dict(changes, decay=.1) if field == "decay" else dict(schedule="constant")))
+        base = fit(without, source, make(without), progress=False) if field != "schedule" else reference
+        assert not same(base, fit(recipe, source, make(recipe), progress=False))
         return
     base = reference
+    if field == "epsilon": base = run(data, optimizer="adam", lr=.01)
+    if field == "crop": base = run(data, pipeline="device")
     if field == "proxy_lr": base = run(data, objective="normalized_softmax")
     if field == "per_class": base = run(data, sampler="balanced", per_class=4)
     assert not same(base, run(source, **changes))
@@ -124,9 +131,37 @@ def test_threads_and_patience_act(data, monkeypatch):
     (dict(validation_seed=1), "validation_seed has no effect"), (dict(epochs=0), "objective = None goes with"),
     (dict(epochs=0, objective=None, lr=.5), "trains nothing"), (dict(augment={"degree": 3}), "did you mean 'degrees'"),
     (dict(augment={"crop_ratio": [1., 1.]}), "no effect without"), (dict(augment={"jitter": [0, 0, 0, .7]}), "hue"),
+    (dict(epsilon=.1), "epsilon belongs to"), (dict(schedule="step"), "milestones go with"), (dict(milestones=(3,)), "milestones go with"),
+    (dict(schedule="constant", decay=.5), "decay belongs"), (dict(schedule="step", milestones=(3, 2)), "milestones are epochs"),
+    (dict(schedule="step", milestones=(10,), epochs=10), "milestones are epochs"), (dict(schedule="step", milestones=(0,)), "milestones are epochs"),
+    (dict(schedule="step", milestones=(2,), warmup=5), "warmup belongs"), (dict(crop=24), "crop belongs to pipeline"),
+    (dict(crop=40, size=32, pipeline="device"), "larger than size"), (dict(augment={"jitter_first": True}), "no effect without augment.jitter"),
+    (dict(augment={"jitter": [.1, 0, 0, 0], "jitter_first": True}), "jitter_first belongs to pipeline"), (dict(pipeline="gpu"), "pipeline"),
     (dict(lr=-1), "lr"), (dict(dropout=1.), "dropout"), (dict(precision="fp16"), "precision")])
 def test_recipe_refuses(bad, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")): Recipe(**bad)
+
+
+def test_fields_that_came_later_are_written_only_where_they_say_something():
+    later = {"crop", "epsilon", "milestones", "decay", "pipeline"}
+    assert not later & set(Recipe().model_dump()) and "jitter_first" not in Recipe().model_dump()["augment"]
+    said = Recipe(optimizer="radam", epsilon=.01, schedule="step", milestones=(2,), decay=.5, pipeline="device", crop=24).model_dump(mode="json")
+    assert later <= set(said) and Recipe(**said).milestones == (2,)
+
+
+@pytest.mark.parametrize("name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("radam", torch.optim.RAdam)])
+def test_optimizers_are_torch_s(name, kind):
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = build_optimizer([dict(params=[p], lr=.1, peak=.1, weight_decay=.3)], Recipe(optimizer=name, epsilon=.01))
+    assert type(optimizer) is kind and optimizer.param_groups[0]["eps"] == .01 and optimizer.param_groups[0]["weight_decay"] == .3
+
+
+def test_a_step_schedule_is_torch_s_multistep():
+    recipe, p = Recipe(schedule="step", milestones=(2, 5), decay=.3, epochs=7), torch.nn.Parameter(torch.ones(1))
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer := torch.optim.SGD([p], lr=1.), [2, 5], .3)
+    for epoch in range(7):
+        for i in range(9): assert rate_factor(recipe, epoch * 9 + i, 63) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step(); theirs.step()
 
 
 def test_recipe_from_yaml(tmp_path):

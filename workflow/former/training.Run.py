@@ -1,4 +1,4 @@
-# stands for e5630e0aff77d7a554671e34dacf866303da3979c4c5d470c55f16c18144db21
+# stands for 5f3c9697a3836fdeed55d51c7d600647252063cf955d8a3dd4f7dcfcc68e8ac3
 class Run:
     "The state of one training run; `fit` is its front door."
     def __init__(self, recipe: Recipe, data: Dataset, train: Split, watched: Split,

@@ -1,4 +1,4 @@
-# stands for eb053133dac7f72087e80d14b872bbd9a854ccdb5c82f2d4cb964ad57a127cc7
+# stands for 98e0b0b2a1681e7f2d3aeae0329708bba6df4aa4588101f03e1ed16faff3cb5e
 def fit(recipe: Recipe, # everything that changes the result
         data: Dataset, # only its training classes are used
         make_objective: Callable[..., Objective] | None = None, # (num_classes, dim) -> Objective; None with epochs = 0
