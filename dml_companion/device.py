@@ -170,17 +170,22 @@ def draw_table(n: int, # images of an epoch
                side: tuple[int, int], # height, width of the pack's images
                config: Augment, # which changes, and how strong
                generator: torch.Generator, # source of randomness, on the CPU
+               crop: int | None = None, # side of the output, where it is a part of the image; None: no such part
               ) -> Tensor: # (n, 18) float32 on the CPU
     """Parameters of every image of an epoch; what is off has neutral values.
 
     Columns: left, top, width, height; mirrored; degrees, shift x, shift y, zoom, shear; brightness, contrast, saturation,
-    hue; their order. Raises ValueError for a generator that is not on the CPU."""
+    hue; their order. Without `crop_scale` the box is a square of `crop` pixels anywhere, so nothing is resized. Raises
+    ValueError for a generator that is not on the CPU, or a crop that is larger than the image."""
     if generator.device.type != "cpu":
         raise ValueError(f"the table is drawn on the CPU, the generator is on {generator.device}: use torch.Generator()")
+    if crop and crop > min(side): raise ValueError(f"crop {crop} is larger than the images, {side[0]} x {side[1]}: lower it, or pack larger ones")
     (h, w), u = side, torch.rand(n, 2 * TRIES + 16, generator=generator, dtype=torch.float64)
     def between(column, low, high): return low + (high - low) * u[:, column]
-    box = (draw_boxes(u[:, :2 * TRIES + 2], side, config.crop_scale, config.crop_ratio) if config.crop_scale
-           else u.new_tensor([0, 0, w, h]).expand(n, 4))
+    if config.crop_scale: box = draw_boxes(u[:, :2 * TRIES + 2], side, config.crop_scale, config.crop_ratio)
+    else:
+        width, height = (crop, crop) if crop else (w, h)
+        box = torch.cat([(u[:, 20:22] * u.new_tensor([w - width + 1, h - height + 1])).floor(), u.new_tensor([width, height]).expand(n, 2)], 1)
     d, t, g = config.degrees, config.translate, config.shear
     rest = [(u[:, 22] < .5) * config.flip, between(23, -d, d), between(24, -t * w, t * w), between(25, -t * h, t * h),
             between(26, *config.scale), between(27, -g, g),
@@ -334,7 +339,6 @@ def augment(images: Tensor, # (b, c, h, w) uint8, on any device
             size: int | None = None, # side of the output in pixels; None: as the images
             norm: Norm | None = None, # from `normalisation`; None: values in [0, 1]
             dtype: torch.dtype = torch.float32, # of the products and of the output; colours are always float32
-            colour_first: bool = False, # colours on the whole image, then the crop
             how: str = "auto", # as in `resample`
            ) -> Tensor: # (b, c, size, size)
     "Augment and normalise a batch; nothing here waits for the device. Raises ValueError for wrong types or shapes."
@@ -344,9 +348,9 @@ def augment(images: Tensor, # (b, c, h, w) uint8, on any device
     shape, colour = (size, size) if size else tuple(images.shape[-2:]), any(config.jitter)
     one = table.new_full((1, images.shape[1], 1, 1), 1.)
     gain, offset = norm if norm else (one / 255, one * 0)
-    if colour and colour_first: x = jitter(images.float() / 255, table, config.jitter[3] > 0) * (gain * 255)
+    if colour and config.jitter_first: x = jitter(images.float() / 255, table, config.jitter[3] > 0) * (gain * 255)
     else: x = images * (one / 255 if colour else gain)
-    late = colour and not colour_first
+    late = colour and not config.jitter_first
     if config.affine or config.crop_scale or config.flip or shape != tuple(images.shape[-2:]):
         x = resample(x.to(dtype), table, shape, one * 0 if late else offset, config.affine, how)
     elif not late: x = x + offset
@@ -391,20 +395,19 @@ def waits(call: Callable[..., Any], # a computation on tensors
 
 # %% ../nbs/01_foundations/05b_device_batches.ipynb #c61
 def training_batches(pack: DevicePack, # training images; make it once and keep it
-                     recipe: Recipe, # augment, sampler, batch_size, per_class
+                     recipe: Recipe, # augment, crop, sampler, batch_size, per_class
                      generators: dict[str, torch.Generator], # "sampler" and "augment", on the CPU; both move on
-                     size: int | None = None, # side of the output in pixels; None: as the pack
                      norm: Norm | None = None, # None: [0, 1], for an encoder that normalises itself
                      dtype: torch.dtype = torch.float32, # of the images
-                     colour_first: bool = False, # as in `augment`
                      compiled: Callable[..., Tensor] = augment, # or torch.compile(augment)
-                    ) -> Iterator[tuple[Tensor, Tensor]]: # (b, c, size, size) float, (b,) labels, on the device
+                     share: tuple[int, int] = (0, 1), # (p, P): part p of P equal parts of every batch
+                    ) -> Iterator[tuple[Tensor, Tensor]]: # (b / P, c, crop, crop) float, (b / P,) labels, on the device
     "One epoch of augmented batches; nothing is drawn, checked or sent after the first one. Raises ValueError for a Split."
     if not isinstance(pack, DevicePack):
         raise ValueError(f"pack must be a DevicePack, got {type(pack).__name__}: make DevicePack(split) once, before the first epoch")
     index = epoch_batches(recipe, pack.split.labels, generators["sampler"])
-    lengths = [len(i) for i in index]
-    table = draw_table(sum(lengths), pack.shape[-2:], recipe.augment, generators["augment"])
-    parts = sent(table, pack.device).split(lengths)
-    return ((compiled(images, rows, recipe.augment, size, norm, dtype, colour_first), labels)
+    table = draw_table(sum(map(len, index)), pack.shape[-2:], recipe.augment, generators["augment"], recipe.crop)
+    mine = [(i.chunk(share[1])[share[0]], rows.chunk(share[1])[share[0]]) for i, rows in zip(index, table.split([len(i) for i in index]))]
+    index, parts = [i for i, _ in mine], sent(torch.cat([rows for _, rows in mine]), pack.device).split([len(i) for i, _ in mine])
+    return ((compiled(images, rows, recipe.augment, recipe.crop, norm, dtype), labels)
             for (images, labels), rows in zip(pack.batches(index), parts))

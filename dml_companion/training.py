@@ -581,6 +581,7 @@ def train_epoch(run: "Run", # at the beginning of an epoch
         parts = run.parts(images, labels)
         optimizer.zero_grad()
         accelerator.backward(parts.tightness + parts.contrast)
+        run.agree()
         if recipe.clip:
             norms += accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip)
         optimizer.step()
@@ -618,7 +619,8 @@ def fit(recipe: Recipe, # everything that changes the result
         raise ValueError("make_objective is needed to train, and only then: pass "
                          "partial(objectives.make, recipe.objective, **recipe.objective_options)")
     folder = Path(folder) if folder else None
-    with cpu_threads(recipe.threads), alone_in(folder):
+    first = os.environ.get("RANK", "0") == "0"                            # of the processes that `accelerate launch` started
+    with cpu_threads(recipe.threads), alone_in(folder if first else None):
         watched = validation or subset_classes(train, max(2, WATCHED * train.num_classes // len(train)))
         kind = Run if recipe.pipeline == "host" else import_module("dml_companion.device_training").DeviceRun
         run = kind(recipe, data, train, watched, make_objective, seed, folder, device, observe, weights)
@@ -640,8 +642,8 @@ class Run:
         from accelerate.state import AcceleratorState
         AcceleratorState._reset_state(reset_partial_state=True)   # one a process: forget the last run's precision, device
         self.accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no", cpu=device == "cpu")
-        if self.accelerator.num_processes > 1:
-            raise ValueError("fit runs in one process: start it without `accelerate launch`")
+        if self.accelerator.num_processes > 1 and recipe.pipeline == "host":
+            raise ValueError("pipeline = 'host' trains in one process: start it without `accelerate launch`, or set pipeline = 'device'")
         self.recipe, self.train, self.watched, self.folder, self.device = recipe, train, watched, folder, device
         self.validated, self.observe = bool(recipe.validation), observe
         self.identity = dict(recipe=recipe.model_dump(mode="json"), seed=seed, data=data.digest,
@@ -652,12 +654,12 @@ class Run:
                                 norm=recipe.norm, dropout=recipe.dropout, freeze_bn=recipe.freeze_bn,
                                 pretrained=recipe.pretrained, weights=weights, crop=recipe.crop, **recipe.encoder_options)
         self.generators = {k: torch.Generator().manual_seed(1000 * seed + i) for i, k in enumerate(("sampler", "augment"))}
-        self.encoder, self.objective, self.optimizer = encoder.to(self.accelerator.device), None, None
+        self.encoder, self.objective, self.optimizer = self.joint(encoder).to(self.accelerator.device), None, None
         if make_objective:
             objective = make_objective(num_classes=train.num_classes, dim=encoder.dim)
             self.objective = objective.to(self.accelerator.device)
             optimizer = build_optimizer(parameter_groups(self.encoder, self.objective, recipe), recipe)
-            self.encoder, self.objective, self.optimizer = self.accelerator.prepare(self.encoder, self.objective, optimizer)
+            self.encoder, self.optimizer = self.accelerator.prepare(self.encoder, optimizer)     # the objective sees whole batches: it stays as it is
         self.epoch = self.step = 0
         self.history, self.best, self.seconds = [], None, 0.
 
@@ -668,6 +670,13 @@ class Run:
     def parts(self, images: Tensor, labels: Tensor) -> Parts:
         "Tightness and contrast of a batch of images."
         return self.objective.parts(self.encoder(images), labels)
+
+    def joint(self, encoder: Encoder) -> Encoder:
+        "Called before training; one process has nobody to share its batch with."
+        return encoder
+
+    def agree(self) -> None:
+        "Called after each backward pass; one process has nobody to agree with."
 
     def state(self) -> dict: # plain tensors and numbers
         "Everything that `restore` needs."
@@ -686,7 +695,7 @@ class Run:
     def look(self, entry: dict) -> None:
         "Evaluate on the watched classes, keep the best validation epoch, and stop a run that fell below its start."
         entry |= {f"{'validation' if self.validated else 'train'}/{k}": v
-                  for k, v in monitor(self.encoder, self.watched, self.device).items()}
+                  for k, v in monitor(self.accelerator.unwrap_model(self.encoder), self.watched, self.device).items()}
         if self.observe: entry |= self.observed(entry)
         self.history.append(entry)
         recalls = [e[self.watch] for e in self.history]

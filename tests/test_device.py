@@ -19,6 +19,7 @@ from dml_companion.training import Augment, Recipe, affine_batch, augment_batch,
 
 REAL = os.environ.get("DML_DATA")
 CARS = Augment(crop_scale=(.16, 1.), crop_ratio=(1., 1.), flip=True, jitter=(.3, .3, .3, .1))
+FIRST = CARS.model_copy(update=dict(jitter_first=True))
 CUB = Augment(crop_scale=(.16, 1.), flip=True, jitter=(.25, .25, .25, 0.))
 LETTERS = Augment(degrees=10., translate=.08, scale=(.85, 1.15), shear=8.)
 BOTH = Augment(degrees=10., shear=8., crop_scale=(.4, 1.), flip=True, jitter=(.2, .2, 0., 0.))
@@ -338,12 +339,12 @@ def test_each_picture_is_torchvision_s(config, size):
     half = augment(x, table, config, size, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.shape == oracle.shape
     assert levels(augment(x, table, config, size), oracle).max() < .05
-    assert levels(augment(x, table, config, size, colour_first=True), other).max() < .05
+    assert levels(augment(x, table, config.model_copy(update=dict(jitter_first=True)), size), other).max() < .05
     for y in (half.float(), mixed): assert levels(y, oracle).max() < 2
     assert levels(augment(x, table, config, size), on_bytes).mean() < 2
     norm = normalisation((.485, .456, .406), (.229, .224, .225))
     for first, wanted in ((False, oracle), (True, other)):
-        assert_close(augment(x, table, config, size, norm, colour_first=first), V.normalize(wanted, [.485, .456, .406], [.229, .224, .225]), atol=2e-3, rtol=0)
+        assert_close(augment(x, table, config.model_copy(update=dict(jitter_first=first)), size, norm), V.normalize(wanted, [.485, .456, .406], [.229, .224, .225]), atol=2e-3, rtol=0)
 
 
 def test_nothing_on_is_nothing_done():
@@ -372,7 +373,7 @@ def test_wrong_batches_are_refused():
 
 # ---- nothing waits
 
-VARIANTS = [(CARS, {}), (CUB, dict(dtype=torch.bfloat16)), (CARS, dict(colour_first=True)), (LETTERS, {}), (BOTH, dict(how="grid")), (BOTH, {}), (Augment(), {})]
+VARIANTS = [(CARS, {}), (CUB, dict(dtype=torch.bfloat16)), (FIRST, {}), (LETTERS, {}), (BOTH, dict(how="grid")), (BOTH, {}), (Augment(), {})]
 
 
 @pytest.mark.parametrize("config, more", VARIANTS)
@@ -403,9 +404,9 @@ def test_all_of_it_is_one_graph(config, more):
 
 @pytest.mark.parametrize("extra", [{}, dict(sampler="balanced", per_class=2)])
 def test_an_epoch_is_the_same_wherever_the_pack_lies(extra, tmp_path):
-    split, recipe = photographs(), Recipe(augment=CARS, batch_size=8, **extra)
+    split, recipe = photographs(), Recipe(augment=CARS, batch_size=8, pipeline="device", crop=20, **extra)
     packs = [DevicePack(split, "cpu"), DevicePack(mapped(split, tmp_path), "cpu", where="stream")]
-    resident, stream = (list(training_batches(p, recipe, gens(), size=20)) for p in packs)
+    resident, stream = (list(training_batches(p, recipe, gens())) for p in packs)
     assert len(resident) == 3 and resident[0][0].shape == (8, 3, 20, 20) and resident[0][0].dtype == torch.float32
     assert all(torch.equal(a, b) for one, two in zip(resident, stream) for a, b in zip(one, two))
     assert all(0 <= x.min() and x.max() <= 1 for x, _ in resident)
@@ -433,8 +434,9 @@ def test_images_keep_their_labels_and_their_numbers():
     assert sorted(seen) == list(range(24))
     calls = []
     def spy(images, table, config, *rest): calls.append((len(table), config, *rest)); return images
-    list(training_batches(DevicePack(split, "cpu"), recipe, gens(), 20, dtype=torch.bfloat16, colour_first=True, compiled=spy))
-    assert calls == [(8, recipe.augment, 20, None, torch.bfloat16, True)] * 3
+    recipe = Recipe(augment=FIRST, batch_size=8, pipeline="device", crop=20)
+    list(training_batches(DevicePack(split, "cpu"), recipe, gens(), dtype=torch.bfloat16, compiled=spy))
+    assert calls == [(8, FIRST, 20, None, torch.bfloat16)] * 3
     with pytest.raises(ValueError, match="make DevicePack"): training_batches(split, recipe, gens())
 
 
@@ -457,15 +459,15 @@ def test_photographs_from_shelves(tmp_path):
 @gpu
 @pytest.mark.parametrize("where", ["device", "stream"])
 def test_an_epoch_on_a_gpu_never_waits(where, tmp_path):
-    split, recipe = mapped(photographs(), tmp_path), Recipe(augment=CARS, batch_size=8)
+    split, recipe = mapped(photographs(), tmp_path), Recipe(augment=CARS, batch_size=8, pipeline="device", crop=20)
     pack, norm = DevicePack(split, "cuda", where=where), normalisation((.5,) * 3, (.2,) * 3, "cuda")
-    list(training_batches(pack, recipe, gens(), 20, norm))               # once, for what is set up at first use
+    list(training_batches(pack, recipe, gens(), norm))               # once, for what is set up at first use
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
-    try: got = list(training_batches(pack, recipe, gens(), 20, norm))
+    try: got = list(training_batches(pack, recipe, gens(), norm))
     finally: torch.cuda.set_sync_debug_mode(before)
-    wanted = list(training_batches(DevicePack(split, "cpu"), recipe, gens(), 20, normalisation((.5,) * 3, (.2,) * 3)))
+    wanted = list(training_batches(DevicePack(split, "cpu"), recipe, gens(), normalisation((.5,) * 3, (.2,) * 3)))
     for (x, y), (u, v) in zip(got, wanted):
         assert torch.equal(y.cpu(), v)
         assert_close(x.cpu(), u, atol=.02, rtol=0)                       # tf32, if somebody switched it on

@@ -1,4 +1,4 @@
-# stands for 5f3c9697a3836fdeed55d51c7d600647252063cf955d8a3dd4f7dcfcc68e8ac3
+# stands for b23da5ac4aa4b1cbaa0cdc45681a72f3c040bcc7bb0418940f8096760ddd801e
 class Run:
     "The state of one training run; `fit` is its front door."
     def __init__(self, recipe: Recipe, data: Dataset, train: Split, watched: Split,

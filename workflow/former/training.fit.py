@@ -1,4 +1,4 @@
-# stands for 98e0b0b2a1681e7f2d3aeae0329708bba6df4aa4588101f03e1ed16faff3cb5e
+# stands for a823c19a739c3ca88d07fcc45ee7cc39fa3245b30395f11c74f0c4f810132f2b
 def fit(recipe: Recipe, # everything that changes the result
         data: Dataset, # only its training classes are used
         make_objective: Callable[..., Objective] | None = None, # (num_classes, dim) -> Objective; None with epochs = 0

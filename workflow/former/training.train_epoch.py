@@ -1,4 +1,4 @@
-# stands for bb7602e45ad2ea0efb38b8573b80ea76147b62f389ad602d06225c9b852af76c
+# stands for 6784f2fa725367959d278965f865175353b23ead2226cf4061ebab5692af4f12
 def train_epoch(accelerator: Any, # accelerate.Accelerator
                 encoder: nn.Module, # prepared
                 objective: Objective, # prepared
