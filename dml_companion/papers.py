@@ -112,14 +112,14 @@ CARDS["snca"] = Card(
     tune=(Knob("temperature", (.03, .3), "log", "small ones listen to the nearest neighbour only; lower lr with it"),
           Knob("per_class", (2, 8), "log",
                "an anchor without a positive has no tightness; batch_size / per_class classes are its negatives")),
-    source="the authors' README (microsoft/snca.pytorch)",
-    said=dict(encoder="resnet18", dim=128, batch_size=256, objective_options=dict(temperature=.05)),
-    recalled=dict(pretrained=False, optimizer="sgd", lr=.1),
-    ours=dict(dataset="sop", sampler="balanced", per_class=2, weight_decay=1e-4, epochs=90),
-    beyond=("ImageNet, random batches against a memory of the whole training set (26_memory has one); here products, "
-            "of which some classes have two, and the batch is the memory",
-            "momentum and decay follow the ImageNet example of pytorch; not read"),
-    stands=dict(schedule="that of pytorch's ImageNet example, not read"))
+    source="the authors' code (microsoft/snca.pytorch, README command and main.py)",
+    said=dict(size=224, encoder="resnet18", pretrained=False, dim=128, optimizer="sgd", lr=.1, momentum=.9, nesterov=True,
+              weight_decay=1e-4, schedule="step", milestones=(40, 80, 120), decay=.1, epochs=130, batch_size=256,
+              augment=dict(crop_scale=(.08, 1.), flip=True), objective_options=dict(temperature=.05)),
+    ours=dict(dataset="sop", sampler="balanced", per_class=2),
+    beyond=("random batches against a memory of the whole training set (26_memory has one); here products, of which "
+            "some classes have two, and the batch is the memory",),
+    stands=dict(dataset="ImageNet", sampler="random batches", epochs="as many epochs of ImageNet, each some 20 times as long"))
 
 CARDS["multi_similarity"] = Card(
     year=2019,
@@ -601,12 +601,14 @@ CARDS["proxy_nca_pp"] = Card(
     tune=(Knob("scale", (3., 32.), "log", "tau; tune it or normalized_softmax's temperature, they are one"),
           Knob("proxy_lr", (10., 1e5), "log", "the paper's largest single gain"),
           Knob("norm", ("none", "layer"), "choice", "with layer norm before the sphere, as in the paper")),
-    source="the authors' code (euwern/proxynca_pp, config/cub.json)",
+    source="the authors' code (euwern/proxynca_pp, config/cub.json and train.py)",
     said=dict(EPS, dataset="cub", size=224, encoder="resnet50", pretrained=True, norm="layer",
               lr=.004, proxy_lr=1e5, weight_decay=0., schedule="constant", epochs=40, batch_size=32, sampler="balanced",
               per_class=4, objective_options=dict(scale=9.)),
     ours=dict(augment=dict(flip=True)),
-    beyond=("maximum instead of average pooling, 2,048 dimensions", "trained twice, the second time on all classes"),
+    beyond=("before these epochs five in which only the last layer and the proxies learn",
+            "gradients clipped at 10 by value, not by norm",
+            "maximum instead of average pooling, 2,048 dimensions", "trained twice, the second time on all classes"),
     stands=dict(schedule="a rate lowered when validation stops rising (patience 4), the second time at the same steps"))
 
 CARDS["proxy_anchor"] = Card(
@@ -623,14 +625,13 @@ CARDS["proxy_anchor"] = Card(
           Knob("margin", (0., .3), "linear", "a cosine; 0.1 in the paper"),
           Knob("batch_size", (60, 240), "log",
                "images of a batch compete: the authors report better results with larger ones")),
-    source="the authors' code (tjddus9597/Proxy-Anchor-CVPR2020, README command for ResNet-50 on CUB, and train.py)",
+    source="the authors' code (tjddus9597/Proxy-Anchor-CVPR2020, README command for ResNet-50 on CUB, train.py, dataset/utils.py, net/resnet.py)",
     said=dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, freeze_bn=True, dim=512,
               optimizer="adamw", lr=1e-4, proxy_lr=100., weight_decay=1e-4, schedule="step",
               milestones=tuple(range(5, 60, 5)), decay=.5, epochs=60, batch_size=120, sampler="random",
-              objective_options=dict(alpha=32., margin=.1)),
-    recalled=dict(augment=dict(crop_scale=(.08, 1.), flip=True)),
+              augment=dict(crop_scale=(.08, 1.), flip=True), objective_options=dict(alpha=32., margin=.1)),
     beyond=("five first epochs in which only the last layer and the proxies learn",
-            "gradients clipped at 10 by value, not by norm", "average plus maximum pooling (unconfirmed)"))
+            "gradients clipped at 10 by value, not by norm", "average plus maximum pooling"))
 
 CARDS["soft_triple"] = Card(
     year=2019,

@@ -76,7 +76,7 @@ def body(text): # of `as_yaml`
 # Lines in place of something else in the source, apart from the cards on purpose.
 INSTEAD = dict(
     optimizer="mined_triplet", epsilon="", decay="", weight_decay="group_loss intra_batch", proxy_lr="margin mined",
-    schedule="arcface center cosface mined_triplet proxy_nca_pp snca subcenter_arcface",
+    schedule="arcface center cosface mined_triplet proxy_nca_pp subcenter_arcface",
     milestones="modified_softmax multi_similarity softmax sphereface")
 
 
@@ -101,6 +101,7 @@ PUBLISHED = dict(
     proxy_anchor=(torch.optim.AdamW, 1e-8, 1e-4, .01, 1e-4, lambda e: .5 ** (e // 5)),
     proxy_nca=(torch.optim.Adam, 1., .045, 1., 0., lambda e: .94 ** e),
     proxy_nca_pp=(torch.optim.Adam, 1., .004, 400., 0., lambda e: 1),
+    snca=(torch.optim.SGD, None, .1, None, 1e-4, lambda e: .1 ** (e // 40)),
     soft_triple=(torch.optim.Adam, .01, 1e-4, .01, 1e-4, lambda e: .1 ** ((e + 1) // 20)))
 
 
