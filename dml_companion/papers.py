@@ -10,6 +10,7 @@ __all__ = ['CARDS', 'ROTH', 'REVISIT', 'ONE_EACH', 'REDRAWN', 'PAIRS', 'HINGE', 
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c02
 import re
+from shutil import get_terminal_size
 from textwrap import fill, indent
 from typing import Any, NamedTuple
 
@@ -625,7 +626,8 @@ CARDS["proxy_anchor"] = Card(
           Knob("margin", (0., .3), "linear", "a cosine; 0.1 in the paper"),
           Knob("batch_size", (60, 240), "log",
                "images of a batch compete: the authors report better results with larger ones")),
-    source="the authors' code (tjddus9597/Proxy-Anchor-CVPR2020, README command for ResNet-50 on CUB, train.py, dataset/utils.py, net/resnet.py)",
+    source="the authors' code (tjddus9597/Proxy-Anchor-CVPR2020, README command for ResNet-50 on CUB, train.py, "
+           "dataset/utils.py, net/resnet.py)",
     said=dict(dataset="cub", size=224, encoder="resnet50", pretrained=True, freeze_bn=True, dim=512,
               optimizer="adamw", lr=1e-4, proxy_lr=100., weight_decay=1e-4, schedule="step",
               milestones=tuple(range(5, 60, 5)), decay=.5, epochs=60, batch_size=120, sampler="random",
@@ -838,22 +840,28 @@ def default_fields(name: str) -> list[str]:
     "Settings that no drawer of a card has: the Companion's defaults stand."
     return [field for field in SETTINGS if field not in fields(name)]
 
-def remark(text: str, hang: str = "") -> list[str]: # lines; hang: before all but the first
+def remark(text: str, # a sentence
+           hang: str = "", # before all lines but the first
+           width: int = 96, # characters a line
+          ) -> list[str]: # lines
     "A sentence as comments of YAML."
-    return fill(text, 96, initial_indent="# ", subsequent_indent=f"# {hang}", break_on_hyphens=False).split("\n")
+    return fill(text, width, initial_indent="# ", subsequent_indent=f"# {hang}", break_on_hyphens=False,
+                break_long_words=False).split("\n")
 
-def as_yaml(name: str) -> str: # one field a line, read back by `Recipe.load`
+def as_yaml(name: str, # of a registered objective
+            width: int = 96, # characters a line of comments; a field keeps its one line
+           ) -> str: # read back by `Recipe.load`
     "The recipe of a card as YAML, with comments where a field was not read in its source, and below on what no field can say."
     c = card(name)
     told = f"Unmarked lines: {c.source}" if c.said else f"No line was read in its source ({c.source})"
-    lines = remark(f"{name}. {told}. The others say whose they are, or what the source has in their place.")
+    lines = remark(f"{name}. {told}. The others say whose they are, or what the source has in their place.", "", width)
     for field, value in fields(name).items():
         shown = yaml.safe_dump(listed(value), default_flow_style=True, width=1000).split("\n")[0]
         lines.append(f"{field}: {shown}" + (f"  # {drawer(name, field)}" if drawer(name, field) else ""))
     silent = ", ".join(f"{field}={Recipe.model_fields[field].default}" for field in default_fields(name))
-    if silent: lines += remark(f"Not stated, so the Companion's defaults: {silent}")
-    if c.beyond: lines += remark("What the recipe cannot say, or its source does not:")
-    return "\n".join([*lines, *(line for text in c.beyond for line in remark(f"- {text}", "  "))]) + "\n"
+    if silent: lines += remark(f"Not stated, so the Companion's defaults: {silent}", "", width)
+    if c.beyond: lines += remark("What the recipe cannot say, or its source does not:", "", width)
+    return "\n".join([*lines, *(line for text in c.beyond for line in remark(f"- {text}", "  ", width))]) + "\n"
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c37
 def weights(cls: type[Objective]) -> str:
@@ -868,19 +876,21 @@ def knob_line(knob: Knob) -> str:
     return f"{knob.name}: {knob.values[0]:g} to {knob.values[1]:g}, {knob.scale}. {knob.why}"
 
 def page(name: str, # of a registered objective
-         width: int = 96, # characters a line
+         width: int | None = None, # characters a line, None: as wide as the terminal, at most 96
         ) -> str:
     "All about an objective, for a terminal; ValueError for an unknown name."
     c, cls, entry = card(name), find(name), catalogue()[name]
+    width = width or max(40, min(96, get_terminal_size((96, 24)).columns))
     def item(title, text): return fill(f"{title:9s} {text}", width, subsequent_indent=" " * 10, break_on_hyphens=False,
                                        break_long_words=False)
-    def items(lines): return [fill(f"- {line}", width, initial_indent="  ", subsequent_indent="    ") for line in lines]
+    def items(lines): return [fill(f"- {line}", width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False,
+                                   break_long_words=False) for line in lines]
     return "\n".join([
         f"{name}, {entry.family}", item("paper", c.paper), item("formula", c.plain), f"{'LaTeX':9s} {c.formula}",
         item("cost", f"{c.cost} a step, for n images, d dimensions, K classes"), item("weights", weights(cls)),
         item("parts", f"{'natural' if c.natural else 'stated'}. Tightness and contrast: {c.split}"),
         item("defaults", shown_defaults(cls)),
         "", "How to tune (ranges are advice, not results)", *items(knob_line(k) for k in c.tune),
-        "", "Recipe", indent(as_yaml(name).rstrip(), "  "),
+        "", "Recipe", indent(as_yaml(name, width - 2).rstrip(), "  "),
         "", f"As a file: dml-companion objectives {name} --recipe > {name}.yaml",
         f'In Python: Recipe.from_paper("{name}")'])

@@ -110,16 +110,19 @@ def test_the_optimizer_is_the_published_one(name):
     "Class, epsilon, both rates and the decay of what is built, and the rate of every epoch, first and last batch."
     kind, epsilon, encoder, own, decay, factor = PUBLISHED[name]
     recipe = Recipe.from_paper(name)
-    optimizer = build_optimizer(parameter_groups(torch.nn.Linear(20, 16), make(recipe.objective, 8, 16, **recipe.objective_options), recipe), recipe)
+    loss = make(recipe.objective, 8, 16, **recipe.objective_options)
+    optimizer = build_optimizer(parameter_groups(torch.nn.Linear(20, 16), loss, recipe), recipe)
     assert type(optimizer) is kind and {group.get("eps") for group in optimizer.param_groups} == {epsilon}
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates.pop("encoder") == encoder and (not rates if own is None else [*rates.values()] == pytest.approx([own], rel=.002))
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"][0].ndim > 1} == {decay}
     for epoch in range(recipe.epochs):
-        for step in (0, 6): assert rate_factor(recipe, 7 * epoch + step, 7 * recipe.epochs) == pytest.approx(factor(epoch), rel=1e-9), epoch
+        for step in (7 * epoch, 7 * epoch + 6):
+            assert rate_factor(recipe, step, 7 * recipe.epochs) == pytest.approx(factor(epoch), rel=1e-9), epoch
 
 
-@pytest.mark.parametrize("name, batches", [("multi_similarity", 3000), ("sphereface", 28000), ("softmax", 28000), ("modified_softmax", 28000)])
+@pytest.mark.parametrize("name, batches", [("multi_similarity", 3000), ("sphereface", 28000), ("softmax", 28000),
+                                           ("modified_softmax", 28000)])
 def test_steps_of_iterations_are_met_to_the_nearest_epoch(name, batches):
     recipe = Recipe.from_paper(name)
     steps = [step for step in range(1, batches) if rate_factor(recipe, step, batches) < rate_factor(recipe, step - 1, batches)]
@@ -285,10 +288,21 @@ def test_the_page_shows_the_class_as_it_is(name):
     flat = " ".join(out.split())
     for option, default in options(CLASSES[name]).items(): assert f"{option}={default!r}" in flat
     assert CARDS[name].formula in out and f"objectives {name} --recipe" in out
-    prose = [line for line in out.splitlines() if not line.startswith("LaTeX") and not re.match(r"  \w+: ", line)]
-    assert max(map(len, prose)) <= 100
-    assert all(line.strip() in out for line in as_yaml(name).splitlines())
+    assert all(line.strip() in out for line in as_yaml(name, 94).splitlines())
     assert ("none" in out.split("weights")[1][:12]) == (not list(CLASSES[name](4, 8).parameters()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_fits_into_the_terminal(name):
+    "From 72 columns to 96 its lines are as long as the terminal has room for; fields, which must stay on a line, and LaTeX aside."
+    words = {}
+    for width in (72, 80, 96, 200):
+        out = command(name, width=width)[1]
+        prose = [line for line in out.splitlines() if not re.match(r"LaTeX|  \w+: |As a file: ", line)]
+        assert max(map(len, prose)) <= min(width, 96) and (width > 80 or max(map(len, prose)) > width - 12)
+        words[width] = [word for word in out.split() if word != "#"]
+    assert words[72] == words[80] == words[96] == words[200]
+    assert command(name, "--recipe", width=72) == command(name, "--recipe", width=200), "a file does not depend on the terminal"
 
 
 @pytest.mark.parametrize("words, told", [
