@@ -681,7 +681,7 @@ CARDS["regularised"] = Card(
               milestones=tuple(range(5, 40, 5)), decay=.5),
     beyond=("the manuscript states neither lambda nor the strength; MHE's code has weight 10 on the output layer of "
             "its networks",
-            "data, batch size, backbone and the halving of the rate: as proxy_anchor here; the manuscript does not say"))
+            "data, batch size, backbone and the halving of the rate: as proxy_anchor here, if the manuscript kept them"))
 
 # %% ../nbs/03_objectives/29b_from_the_papers.ipynb #c17
 PUT_BACK = "the best weights so far, judged on test classes, are put back after 30 and 50 epochs"
