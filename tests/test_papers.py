@@ -16,7 +16,7 @@ from dml_companion.objectives import make
 from dml_companion.encoders import PRETRAINED
 from dml_companion.papers import (CARDS, ELSEWHERE, GAPS, PHOTOGRAPHS, REVISIT, SETTINGS, as_yaml, card, default_fields, drawer,
                                   elsewhere, fields, page, squeezed)
-from dml_companion.training import Recipe, build_optimizer, parameter_groups
+from dml_companion.training import Recipe, build_optimizer, parameter_groups, rate_factor
 
 NAMES = sorted(CARDS)
 CLASSES = {name: find(name) for name in NAMES}
@@ -73,26 +73,84 @@ def body(text): # of `as_yaml`
     return {line.split(":")[0]: line.partition("  # ")[2] for line in text.splitlines() if not line.startswith("#")}
 
 
-# What the sources have, from what the cards said in prose before lines were marked; apart from the cards on purpose.
-ADAM = ("angular contextual_similarity contrastive generalized_lifted group_loss histogram intra_batch margin mined mined_triplet "
-        "multi_similarity n_pair proxy_nca proxy_nca_pp quadruplet snr soft_triple triplet").split()
-STAIRS = ("arcface center contextual_similarity cosface group_loss intra_batch margin mined mined_triplet modified_softmax multi_similarity "
-          "normalized_softmax proxy_anchor proxy_nca proxy_nca_pp regularised snca soft_triple softmax sphereface subcenter_arcface").split()
+# Lines in place of something else in the source, apart from the cards on purpose.
+INSTEAD = dict(
+    optimizer="mined_triplet", epsilon="", decay="", weight_decay="group_loss intra_batch", proxy_lr="margin mined",
+    schedule="arcface center cosface mined_triplet proxy_nca_pp subcenter_arcface",
+    milestones="modified_softmax multi_similarity softmax sphereface")
 
 
 def test_a_line_that_differs_from_its_source_is_marked():
-    "Adam, RAdam, RMSprop and AdaGrad are neither sgd nor adamw, and stairs of learning rates are no constant."
-    marked = {field: [name for name in NAMES if "stands for" in body(as_yaml(name)).get(field, "")] for field in ("optimizer", "schedule")}
-    assert marked == dict(optimizer=ADAM, schedule=STAIRS)
-    assert "Adam with epsilon = 1," in body(as_yaml("proxy_nca"))["optimizer"] and "every 20 epochs" in body(as_yaml("soft_triple"))["schedule"]
+    "AdaGrad is none of the optimizers, stairs of unknown height are no schedule, iterations are no epochs."
+    marked = {field: [name for name in NAMES if "stands for" in body(as_yaml(name)).get(field, "")] for field in INSTEAD}
+    assert marked == {field: names.split() for field, names in INSTEAD.items()}
+    assert "AdaGrad" in body(as_yaml("mined_triplet"))["optimizer"] and "24,000 of 28,000" in body(as_yaml("sphereface"))["milestones"]
+
+
+# Optimizer, its epsilon, the rate of the encoder and of the objective's own weights, and what an epoch (from 0) makes of them:
+# written from the sources' code as it counts, apart from the cards on purpose.
+ROTHS = (torch.optim.Adam, 1e-8, 1e-5, None, 4e-4, lambda e: 1)
+WUS = (torch.optim.Adam, 1e-7, 1e-4, .1, 1e-4, lambda e: .5 ** ((e >= 12) + (e >= 14) + (e >= 16) + (e >= 18)))
+PUBLISHED = dict(
+    **dict.fromkeys("angular contrastive generalized_lifted histogram n_pair quadruplet snr triplet".split(), ROTHS),
+    margin=WUS, mined=WUS,
+    contextual_similarity=(torch.optim.Adam, 1e-8, 8e-5, None, 1e-4, lambda e: .3 ** min(e // 15, 3)),
+    group_loss=(torch.optim.RAdam, 1e-8, .00015637, .00015637, 6.06e-6, lambda e: 1 if e + 1 < 31 else .1),
+    intra_batch=(torch.optim.RAdam, 1e-8, .00015637, .00015637, 6.06e-6, lambda e: 1 if e + 1 < 31 else .1),
+    normalized_softmax=(torch.optim.SGD, None, .001, .001, 1e-4, lambda e: .1 ** (e // 15)),
+    proxy_anchor=(torch.optim.AdamW, 1e-8, 1e-4, .01, 1e-4, lambda e: .5 ** (e // 5)),
+    proxy_nca=(torch.optim.Adam, 1., .045, 1., 0., lambda e: .94 ** e),
+    proxy_nca_pp=(torch.optim.Adam, 1., .004, 400., 0., lambda e: 1),
+    snca=(torch.optim.SGD, None, .1, None, 1e-4, lambda e: .1 ** (e // 40)),
+    soft_triple=(torch.optim.Adam, .01, 1e-4, .01, 1e-4, lambda e: .1 ** ((e + 1) // 20)))
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_the_optimizer_is_the_published_one(name):
+    "Class, epsilon, both rates and the decay of what is built, and the rate of every epoch, first and last batch."
+    kind, epsilon, encoder, own, decay, factor = PUBLISHED[name]
+    recipe = Recipe.from_paper(name)
+    loss = make(recipe.objective, 8, 16, **recipe.objective_options)
+    optimizer = build_optimizer(parameter_groups(torch.nn.Linear(20, 16), loss, recipe), recipe)
+    assert type(optimizer) is kind and {group.get("eps") for group in optimizer.param_groups} == {epsilon}
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates.pop("encoder") == encoder and (not rates if own is None else [*rates.values()] == pytest.approx([own], rel=.002))
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"][0].ndim > 1} == {decay}
+    for epoch in range(recipe.epochs):
+        for step in (7 * epoch, 7 * epoch + 6):
+            assert rate_factor(recipe, step, 7 * recipe.epochs) == pytest.approx(factor(epoch), rel=1e-9), epoch
+
+
+@pytest.mark.parametrize("name, batches", [("multi_similarity", 3000), ("sphereface", 28000), ("softmax", 28000),
+                                           ("modified_softmax", 28000)])
+def test_steps_of_iterations_are_met_to_the_nearest_epoch(name, batches):
+    recipe = Recipe.from_paper(name)
+    steps = [step for step in range(1, batches) if rate_factor(recipe, step, batches) < rate_factor(recipe, step - 1, batches)]
+    said = [int(n.replace(",", "")) for n in re.findall(r"\d+,000|\d,\d00", CARDS[name].stands["milestones"])][:-1]
+    assert len(steps) == 2 and said == ([1200, 2400] if name == "multi_similarity" else [16000, 24000])
+    assert all(abs(step - at) <= batches / recipe.epochs / 2 for step, at in zip(steps, said))
+    assert rate_factor(recipe, batches - 1, batches) == pytest.approx(.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_line_is_idle_and_none_is_missing(name):
+    "Momentum is SGD's and epsilon Adam's; steps say when and by how much; advice on the rate holds for the optimizer of the recipe."
+    found, recipe = fields(name), Recipe.from_paper(name)
+    assert not {"momentum", "nesterov"} & {*found} or recipe.optimizer == "sgd"
+    assert "epsilon" not in found or recipe.optimizer != "sgd"
+    assert ({"milestones", "decay"} & {*found}) == ({"milestones", "decay"} if recipe.schedule == "step" else set())
+    for knob in CARDS[name].tune:
+        if knob.name == "lr":
+            assert knob.values[0] <= recipe.lr <= knob.values[1] and re.search(r"for (\w+)", knob.why)[1] == recipe.optimizer
+            assert (f"epsilon = {recipe.epsilon:g}" in knob.why) == ("epsilon" in found)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_card_speaks_of_an_optimizer_or_of_stairs_without_marking_the_line(name):
     words = dict(optimizer=r"\b(R?Adam|AdamW|RMSprop|AdaGrad|SGD)\b",
                  schedule=r"\brates? (is |was )?(times|halved|divided|lowered)|divided by \d|schedule|steps of")
-    about_others = ("Hermans et al. use", "the authors' solver for CUHK03", "the paper: batch 512")     # not the card's source
-    lines = body(as_yaml(name))
+    about_others = ("Hermans et al. use", "the authors' solver for CUHK03", "the paper: batch 512", "the paper itself: RMSprop")
+    lines = body(as_yaml(name))                                                # about_others: not the card's source
     for sentence in CARDS[name].beyond:
         for field, word in words.items():
             if re.search(word, sentence) and not sentence.startswith(about_others):
@@ -154,7 +212,7 @@ def test_no_photographs_for_an_untrained_convnet(name):
     if not recipe.pretrained:
         assert of["pretrained"] == of["lr"] != [] and recipe.optimizer == "sgd"
         assert any(word in " ".join([*c.beyond, *c.stands.values()]) for word in ("random weights", "ImageNet", "faces"))
-    if of["lr"] == ["ours"] and recipe.pretrained: assert recipe.lr == REVISIT["lr"] and recipe.optimizer == "adamw"
+    if of["lr"] == ["ours"] and recipe.pretrained: assert recipe.lr == REVISIT["lr"] and recipe.optimizer == "adam"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -230,10 +288,21 @@ def test_the_page_shows_the_class_as_it_is(name):
     flat = " ".join(out.split())
     for option, default in options(CLASSES[name]).items(): assert f"{option}={default!r}" in flat
     assert CARDS[name].formula in out and f"objectives {name} --recipe" in out
-    prose = [line for line in out.splitlines() if not line.startswith("LaTeX") and not re.match(r"  \w+: ", line)]
-    assert max(map(len, prose)) <= 100
-    assert all(line.strip() in out for line in as_yaml(name).splitlines())
+    assert all(line.strip() in out for line in as_yaml(name, 94).splitlines())
     assert ("none" in out.split("weights")[1][:12]) == (not list(CLASSES[name](4, 8).parameters()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_fits_into_the_terminal(name):
+    "From 72 columns to 96 its lines are as long as the terminal has room for; fields, which must stay on a line, and LaTeX aside."
+    words = {}
+    for width in (72, 80, 96, 200):
+        out = command(name, width=width)[1]
+        prose = [line for line in out.splitlines() if not re.match(r"LaTeX|  \w+: |As a file: ", line)]
+        assert max(map(len, prose)) <= min(width, 96) and (width > 80 or max(map(len, prose)) > width - 12)
+        words[width] = [word for word in out.split() if word != "#"]
+    assert words[72] == words[80] == words[96] == words[200]
+    assert command(name, "--recipe", width=72) == command(name, "--recipe", width=200), "a file does not depend on the terminal"
 
 
 @pytest.mark.parametrize("words, told", [
