@@ -197,7 +197,7 @@ def load_model(folder: str | Path, # as `save_model` left it
 def empty_encoder(spec: dict) -> Encoder:
     "The encoder of a specification, its weights yet to be filled."
     with torch.random.fork_rng(devices=[]):
-        return build_encoder(spec["encoder"], spec["dim"], 3, spec["size"], spec["norm"], **spec["options"])
+        return build_encoder(spec["encoder"], spec["dim"], 3, spec["size"], spec["norm"], crop=spec.get("crop"), **spec["options"])
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c22
 @dataclass(frozen=True, eq=False, repr=False)
@@ -610,6 +610,7 @@ def train_photos(root: str | Path | Photos, # the folder
                  train_classes=data.train.class_names + aside, unseen_classes=data.query.class_names, set_aside=aside,
                  skipped=skipped, left_out=photos.left_out)
     spec = dict(encoder=recipe.encoder, size=size, dim=recipe.dim, norm=recipe.norm, options=recipe.encoder_options)
+    if recipe.crop: spec["crop"] = recipe.crop
     save_model(folder, result.encoder, spec, run=run, data=facts, before=before, made=now(), history=result.history,
                after=judge_split(result.encoder, data.query, device), summary=result.summary)
     forget_unfinished(folder)
@@ -665,7 +666,7 @@ def untrained(recipe: Recipe, seed: int, weights: str | Path | None = None) -> E
         torch.manual_seed(seed)
         with told_plainly():
             return build_encoder(recipe.encoder, recipe.dim, 3, recipe.size, recipe.norm, recipe.freeze_bn,
-                                 recipe.dropout, recipe.pretrained, weights, **recipe.encoder_options)
+                                 recipe.dropout, recipe.pretrained, weights, recipe.crop, **recipe.encoder_options)
 
 # %% ../nbs/01_foundations/08b_photographs.ipynb #c44
 def side(photos: Photos,

@@ -559,7 +559,7 @@ def check_on_data(recipe: dict, # complete
     from dml_companion.training import Recipe, check_fit
     channels, size = data.train.batch([0]).shape[1:3]
     r = Recipe.load(recipe)
-    build_encoder(r.encoder, dim=r.dim, in_channels=channels, size=size, norm=r.norm, dropout=r.dropout,
+    build_encoder(r.encoder, dim=r.dim, in_channels=channels, size=size, norm=r.norm, dropout=r.dropout, crop=r.crop,
                   freeze_bn=r.freeze_bn, pretrained=r.pretrained, weights=weights if r.pretrained else None, **r.encoder_options)
     check_fit(r, data.train, data)
 
@@ -606,8 +606,9 @@ def plan(profile: Profile | str, # or its name
     shown = given | {"figures": relative(figures or root / f"figures/{profile.name}", root)}
     if not here: shown["device"] = "auto" # what is not training may land on a node without GPU
     digests = data_digests(recipes, data, given.get("weights"))
-    codes = {name: train_digest({"objective": name}, profile.train, root) for name in {r["objective"] for r in recipes.values()}}
-    jobs = [train_job(profile, row, seed, recipe, digests[row], given, root, codes[recipe["objective"]])
+    def kind(recipe): return recipe["objective"], recipe.get("pipeline")
+    codes = {k: train_digest(dict(zip(("objective", "pipeline"), k)), profile.train, root) for k in {kind(r) for r in recipes.values()}}
+    jobs = [train_job(profile, row, seed, recipe, digests[row], given, root, codes[kind(recipe)])
             for seed in every_seed(profile) for row, recipe in recipes.items() if seed in seeds_of(profile, row)]
     together = " ".join(sorted(set(digests.values())))
     above = []

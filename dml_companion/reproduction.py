@@ -352,7 +352,7 @@ class Run(NamedTuple):
     folder: str # relative to the root, where its files go
 
 
-def train_digest(recipe: dict, # holds at least `objective`
+def train_digest(recipe: dict, # holds at least `objective`, and `pipeline` where that is not "host"
                  notebook: str = TRAIN_NOTEBOOK, root: Path | None = None) -> str:
     "Digest of all code that can change the result of this recipe."
     root, also = root or project_root(), []
@@ -362,6 +362,7 @@ def train_digest(recipe: dict, # holds at least `objective`
         if name not in known:
             raise ValueError(f"unknown objective {name!r}{nearest_name(name, known)} Known: {', '.join(known)}")
         also = [known[name]]
+    if recipe.get("pipeline") == "device": also.append(f"{PACKAGE}.device_training:DeviceRun")      # looked up when it runs
     return results_digest(root / notebook, package_folder(root), also)
 
 

@@ -537,7 +537,9 @@ def check_fit(recipe: Recipe, # what to do
               data: Dataset, # for its properties
              ) -> None:
     "Refuse before any work what would be ignored or fail later; raises ValueError."
-    channels = train.batch(np.arange(1)).shape[1]
+    channels, height, width = train.batch(np.arange(1)).shape[1:]
+    if recipe.crop and recipe.crop > min(height, width):
+        raise ValueError(f"crop {recipe.crop} is larger than the images, {height} x {width}: lower it, or set a larger size")
     if recipe.augment.flip and not data.flip:
         raise ValueError(f"augment.flip changes the label of {data.name} images (a mirrored letter is another "
                          "letter): set flip = False")
