@@ -74,7 +74,9 @@ def make_plan(profile: str, data: str | None, device: str, figures: str | None,
         root = project_root()
         os.environ["DML_ROOT"] = str(root)
         from dml_companion.profiles import plan
-        return root, plan(profile, data, device, figures, root, here, weights)
+        found = plan(profile, data, device, figures, root, here, weights)
+        for why, rows in found.not_run().items(): say(f"not run: {', '.join(rows)} ({why})", err)
+        return root, found
     except (ValueError, FileNotFoundError) as e: give_up(e)
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("dml_companion"): raise

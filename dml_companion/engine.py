@@ -562,7 +562,8 @@ def front_page(plan: Plan, figures: dict[str, str], # name -> sha256
     "A page that shows every figure and table of a profile."
     lines = [f"# Results of the profile `{plan.profile}`", "", plan.description, "",
              "Made by `dml-companion reproduce`; do not edit. Every number comes from the run records in `records/`; "
-             "commits, versions, hardware and the digest of every file are in `provenance.json`.", ""]
+             "commits, versions, hardware and the digest of every file are in `provenance.json`.", "",
+             *(f"Not run: {', '.join(rows)} ({why}).\n" for why, rows in plan.not_run().items())]
     for name in (n for n in figures if n.endswith((".md", ".png"))):
         text = f"![{Path(name).stem}]({name})\n" if name.endswith(".png") else (root / plan.figures / name).read_text()
         lines += [f"## {Path(name).stem.replace('_', ' ')}", "", text]

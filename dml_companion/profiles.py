@@ -42,6 +42,7 @@ class Row(Strict):
     seeds: list[int] | None = None # default: the profile's; a control that has no randomness needs one
     control: bool = False # a reference, not a contestant
     vary: bool = True # does the profile's `vary` apply to it? Never to a control
+    expected: dict[Literal["cosine", "euclidean"], float] = {} # Recall@1 of the untrained encoder in print, per cent; checked first
 
 
 class Task(Strict):
@@ -115,6 +116,7 @@ class Profile(Strict):
     resources: Resources = Resources()
     search: Search | None = None # this profile is a search
     keeps: Keeps = Keeps()
+    as_available: bool = False # rows whose data set is not there are left out, and named; without it they are an error
     tuned_by: str | None = None # the search profile whose winners the rows hold; its log is in figures/<that name>
 
     def recipe(self, row: str) -> dict: # before validation
@@ -293,7 +295,8 @@ def checked_recipe(profile: Profile, row: str) -> dict: # complete, with all def
 def checked_recipes(profile: Profile) -> dict[str, dict]: # row -> recipe
     "Validate every row, and that rows come with data and seeds."
     def refuse(problem): raise ValueError(f"profile {profile.name!r}: {problem}")
-    if profile.rows and profile.data is None: refuse("rows need data; add `data: {name: glyphs}`")
+    if profile.data is None and any("dataset" not in profile.recipe(row) for row in profile.rows):
+        refuse("rows need data; add `data: {name: glyphs}`, or a `dataset` to each row's recipe")
     for row in profile.rows:
         seeds = seeds_of(profile, row)
         if not seeds: refuse(f"row {row!r} needs seeds; add `seeds: [0, 1, 2]`")
@@ -396,6 +399,7 @@ def train_job(profile: Profile, row: str, seed: int, recipe: dict, # complete
     "The job of one training run."
     run = identify(recipe, row, seed, data, profile.train, root, code, {k: v for k, v in given.items() if k in KEEPS})
     id = run.folder.removeprefix("runs/")
+    if expected := profile.rows[row].expected: given = {**given, "expected": expected}
     return Job(id=id, kind="train", title=f"{row}, seed {seed}", notebook=profile.train, row=row, seed=seed, run=run.id,
                parameters={**recipe, **given, "seed": seed, "row": row, "folder": run.folder}, recipe=recipe, data=data,
                output=f"runs/{id}/notebook.ipynb", log=f"runs/logs/{profile.name}/{id}.log")
@@ -511,9 +515,14 @@ class Plan(Strict):
     figures: str # folder, seen from the root where it lies inside
     minutes: float | None = None
     python: str = "" # interpreter that the jobs use
+    left_out: dict[str, str] = {} # row -> why it is not run
 
     def path(self) -> str: return f"runs/plans/{self.profile}.json"
     def left(self) -> list[Job]: return [j for j in self.jobs if j.state != "finished"]
+
+    def not_run(self) -> dict[str, list[str]]: # why -> rows
+        "The rows that are left out."
+        return {why: [row for row, w in self.left_out.items() if w == why] for why in self.left_out.values()}
 
     def job(self, id: str) -> Job:
         "A job by its id."
@@ -537,17 +546,22 @@ def refresh(plan: Plan, root: Path) -> Plan:
 def data_digests(recipes: dict[str, dict], # row -> recipe
                  data: str | None, # folder of the data sets
                  weights: str | None = None, # file of pretrained weights
-                ) -> dict[str, str]: # row -> digest
+                 as_available: bool = False, # leave rows out whose data are not there, unless that is all of them
+                ) -> tuple[dict[str, str], dict[str, str]]: # row -> digest; row -> why it is left out
     "The digest of each row's data; prepares the pack where it is missing."
-    from dml_companion.datasets import load
-    found, names = {}, {}
+    from dml_companion.datasets import MissingData, load
+    found, names, absent = {}, {}, {}
     for row, r in recipes.items():
         key = canonical([r["dataset"], r["size"], r["data_options"]])
-        if key not in found: found[key] = load(r["dataset"], root=data or None, size=r["size"], **r["data_options"])
+        if key not in found:
+            try: found[key] = load(r["dataset"], root=data or None, size=r["size"], **r["data_options"])
+            except MissingData as e: found[key] = e
+        if isinstance(found[key], MissingData): absent[row] = found[key]; continue
         try: check_on_data(r, found[key], weights)
         except (ValueError, TypeError, FileNotFoundError, ImportError) as e: raise ValueError(f"row {row!r}: {e}") from None
         names[row] = found[key].digest
-    return names
+    if absent and not (as_available and names): raise next(iter(absent.values()))
+    return names, {row: f"needs the images of {recipes[row]['dataset']}" for row in absent}
 
 
 def check_on_data(recipe: dict, # complete
@@ -605,7 +619,8 @@ def plan(profile: Profile | str, # or its name
     check_notebooks(profile, recipes, given, root)
     shown = given | {"figures": relative(figures or root / f"figures/{profile.name}", root)}
     if not here: shown["device"] = "auto" # what is not training may land on a node without GPU
-    digests = data_digests(recipes, data, given.get("weights"))
+    digests, left_out = data_digests(recipes, data, given.get("weights"), profile.as_available)
+    recipes = {row: r for row, r in recipes.items() if row not in left_out}
     def kind(recipe): return recipe["objective"], recipe.get("pipeline")
     codes = {k: train_digest(dict(zip(("objective", "pipeline"), k)), profile.train, root) for k in {kind(r) for r in recipes.values()}}
     jobs = [train_job(profile, row, seed, recipe, digests[row], given, root, codes[kind(recipe)])
@@ -619,7 +634,7 @@ def plan(profile: Profile | str, # or its name
         if names.count(job.id) > 1: raise ValueError(f"profile {profile.name!r} asks twice for {job.title}; remove one")
     resources = profile.resources.model_dump()
     return refresh(Plan(profile=profile.name, description=profile.description, jobs=jobs, device=device, gpus=gpus,
-                        runs_per_gpu=resources["runs_per_gpu"], threads=resources["threads_per_run"],
+                        runs_per_gpu=resources["runs_per_gpu"], threads=resources["threads_per_run"], left_out=left_out,
                         figures=shown["figures"], minutes=profile.minutes, python=sys.executable), root)
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c51

@@ -6,13 +6,14 @@
 __all__ = ['PACKAGE', 'BYSTANDERS', 'FORMER', 'TRAIN_NOTEBOOK', 'EXEMPT', 'KEEPS', 'LIBRARIES', 'STYLE', 'project_root',
            'canonical', 'digest', 'file_digest', 'write_atomic', 'read_json', 'relative', 'without_nan',
            'write_json_atomic', 'shape', 'package_folder', 'bound_names', 'imported_names', 'Source', 'parse_source',
-           'find_source', 'dotted', 'resolve', 'mentions', 'uses', 'definition', 'read_former', 'reachable',
-           'code_digest', 'shape_of', 'code_cells', 'cell_code', 'is_bystander', 'notebook_roots', 'notebook_digest',
-           'results_digest', 'Run', 'train_digest', 'run_id', 'identify', 'now', 'git_state', 'processor', 'versions',
-           'provenance', 'Record', 'write_record', 'nearest_name', 'complaint', 'one_complaint', 'known_fields',
-           'load_record', 'load_records', 'mean_interval', 'result_table', 'metric_of', 'paired_difference',
-           'table_markdown', 'announce', 'output_folder', 'Claim', 'write_claim', 'load_claims', 'claim_table',
-           'style_of', 'use_house_style', 'save_figure', 'save_table', 'csv_text', 'plain_markdown']
+           'find_source', 'dotted', 'resolve', 'mentions', 'uses', 'definition', 'in_force', 'read_former', 'reachable',
+           'code_digest', 'shape_of', 'code_cells', 'cell_code', 'is_bystander', 'cells_code', 'statements',
+           'deciding_code', 'notebook_roots', 'notebook_digest', 'results_digest', 'Run', 'train_digest', 'run_id',
+           'identify', 'check_start', 'now', 'git_state', 'processor', 'versions', 'provenance', 'Record',
+           'write_record', 'nearest_name', 'complaint', 'one_complaint', 'known_fields', 'load_record', 'load_records',
+           'mean_interval', 'result_table', 'metric_of', 'paired_difference', 'table_markdown', 'announce',
+           'output_folder', 'Claim', 'write_claim', 'load_claims', 'claim_table', 'style_of', 'use_house_style',
+           'save_figure', 'save_table', 'csv_text', 'plain_markdown']
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c02
 import ast, hashlib, importlib.util, json, math, os, platform, re, subprocess, sys
@@ -232,13 +233,19 @@ def definition(source: Source, name: str, # one of source.names
     return source.memo[key]
 
 
-def read_former(path: Path, source: Source, name: str) -> tuple[list[ast.stmt], str]: # as `definition`
-    "Read a former text, and see whether it is in force."
+def in_force(path: Path, # of a former text
+             today: str, # digest of what stands in the place of the text
+            ) -> str: # the text; "" if its first line speaks of something else
+    "Read a former text, and see whether it vouches for what replaced it; ValueError for another first line."
     text = path.read_text(encoding="utf-8")
     if not (vouched := re.match(r"# stands for ([0-9a-f]{64})\n", text)):
-        raise ValueError(f"{path.name} in {FORMER} must begin with '# stands for ' and the digest of what replaced it, "
-                         f"{digest(shape(source.names[name]))} today")
-    if vouched[1] != digest(shape(source.names[name])): return source.names[name], ""
+        raise ValueError(f"{path.name} in {FORMER} must begin with '# stands for ' and the digest of what replaced it, {today} today")
+    return text if vouched[1] == today else ""
+
+
+def read_former(path: Path, source: Source, name: str) -> tuple[list[ast.stmt], str]: # as `definition`
+    "What `definition` remembers."
+    if not (text := in_force(path, digest(shape(source.names[name])))): return source.names[name], ""
     former = parse_source(text, source.name).names.get(name)
     if former is None: raise ValueError(f"{path.name} in {FORMER} does not define {name!r}")
     return former, digest(text)
@@ -314,11 +321,30 @@ def is_bystander(cell: dict) -> bool:
     return "parameters" in cell["tags"] or any(f in flags for f in ("#|echo:false", "#|hide", "#|default_exp"))
 
 
-def notebook_roots(notebook: str | Path, cells: list[dict], folder: Path) -> set[tuple[str, str]]:
-    "The definitions of the package that these cells of a notebook use, wherever in it they are imported."
-    whole = parse_source("\n".join(cell_code(c["source"]) for c in code_cells(notebook)), "notebook")
-    text = ast.parse("\n".join(cell_code(c["source"]) for c in cells))
-    return {(module, name) for module, name in uses([text], whole, folder) if name}
+def cells_code(cells: Iterable[dict]) -> str:
+    "The Python of several cells."
+    return "\n".join(cell_code(c["source"]) for c in cells)
+
+
+def statements(code: str) -> list[ast.stmt]:
+    "What a text does, apart from importing."
+    return [s for s in ast.parse(code).body if not isinstance(s, (ast.Import, ast.ImportFrom))]
+
+
+def deciding_code(notebook: str | Path, folder: Path) -> tuple[str, str]: # all of its code; that of the cells which decide its results
+    "Code of a training notebook, or the former text of its deciding cells, under the same rule as `definition`."
+    cells = code_cells(notebook)
+    whole, code = cells_code(cells), cells_code(c for c in cells if not is_bystander(c))
+    path = folder.parent / FORMER / f"{Path(notebook).stem}.py"
+    former = path.is_file() and in_force(path, digest(shape(statements(code))))
+    return (former, former) if former else (whole, code)
+
+
+def notebook_roots(code: str, # of some cells
+                   whole: str, # of all, wherever in it they import
+                   folder: Path) -> set[tuple[str, str]]:
+    "The definitions of the package that these cells of a notebook use."
+    return {(module, name) for module, name in uses([ast.parse(code)], parse_source(whole, "notebook"), folder) if name}
 
 
 def notebook_digest(notebook: str | Path, # the file
@@ -326,7 +352,7 @@ def notebook_digest(notebook: str | Path, # the file
                    ) -> str:
     "Digest of all code cells of a notebook, of what they use from the package, and of the house style."
     folder, cells = folder or package_folder(), code_cells(notebook)
-    roots = sorted(f"{m}:{n}" for m, n in notebook_roots(notebook, cells, folder))
+    roots = sorted(f"{m}:{n}" for m, n in notebook_roots(cells_code(cells), cells_code(cells), folder))
     style = folder / "house.mplstyle"
     looks = file_digest(style) if style.exists() else ""
     return digest([[c["source"] for c in cells], code_digest(*roots, folder=folder), looks])
@@ -338,11 +364,10 @@ def results_digest(notebook: str | Path, # the file
                   ) -> str:
     "Digest of the cells that decide a training notebook's results, and of what those use from the package."
     folder = folder or package_folder()
-    cells = [c for c in code_cells(notebook) if not is_bystander(c)]
-    roots = {(m, n) for m, n in notebook_roots(notebook, cells, folder) - EXEMPT if m not in BYSTANDERS}
+    whole, text = deciding_code(notebook, folder)
+    roots = {(m, n) for m, n in notebook_roots(text, whole, folder) - EXEMPT if m not in BYSTANDERS}
     code = code_digest(*sorted(f"{m}:{n}" for m, n in roots), *also, folder=folder, skip=BYSTANDERS)
-    body = ast.parse("\n".join(cell_code(c["source"]) for c in cells)).body
-    return digest([shape([s for s in body if not isinstance(s, (ast.Import, ast.ImportFrom))]), code])
+    return digest([shape(statements(text)), code])
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c30
 class Run(NamedTuple):
@@ -392,6 +417,21 @@ def identify(recipe: Any, # a training.Recipe or its dictionary
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c33
 LIBRARIES = ("torch", "torchvision", "numpy", "accelerate", "faiss-cpu", "scikit-learn", "timm", "matplotlib", "pandas",
              "papermill", "snakemake", "dml-companion")
+
+
+def check_start(expected: dict[str, float], # metric -> Recall@1 in per cent that a paper prints for the untrained encoder
+                seen: dict[str, float], # "test/<metric>/recall@1" -> share, here
+                tolerance: float = 1., # points
+               ) -> None:
+    "ValueError when an encoder does not start where the published one did: something of what follows would be another experiment."
+    for metric, value in expected.items():
+        if f"test/{metric}/recall@1" not in seen:
+            raise ValueError(f"expected names the metric {metric!r}; known: {', '.join(k.split('/')[1] for k in seen)}")
+        ours = 100 * seen[f"test/{metric}/recall@1"]
+        if not abs(ours - value) <= tolerance:
+            raise ValueError(f"before training Recall@1 ({metric}) is {ours:.2f} here and {value:.2f} in print, more than {tolerance:g} point apart: "
+                             "look at the weights (torchvision's V1, not V2), at how images are scaled and cropped, at the split, and at features "
+                             "(after pooling, not normalised). Training will not mend it; to go on all the same, leave `expected` out")
 
 
 def now() -> str:

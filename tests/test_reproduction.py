@@ -67,11 +67,33 @@ def test_a_former_text_stands_in_for_what_replaced_it_and_for_nothing_else(packa
     with pytest.raises(ValueError, match="must begin with '# stands for ' and the digest of what replaced it, [0-9a-f]{64} today"): loss_digests(package)
 
 
+def test_a_former_text_of_a_training_notebook(tmp_path):
+    "Its deciding cells written anew: the digest stays while the former text vouches for them, and ends with the next edit."
+    folder = tmp_path / R.PACKAGE
+    R.write_atomic(folder / "__init__.py", ""), R.write_atomic(folder / "net.py", "def embed(x): return x\ndef other(x): return x\n")
+    def notebook(code): R.write_atomic(tmp_path / "nbs/30_train.ipynb", json.dumps({"cells": [
+        {"cell_type": "code", "source": "a = 1", "metadata": {"tags": ["parameters"]}}, {"cell_type": "code", "source": code, "metadata": {}}]}))
+    def now(): return R.results_digest(tmp_path / "nbs/30_train.ipynb", folder)
+    old, new = "from dml_companion.net import embed\nz = embed(a)", "from dml_companion.net import embed, other\nz = other(embed(a))"
+    notebook(old); before = now()
+    notebook(new); assert now() != before
+    former = tmp_path / R.FORMER / "30_train.py"
+    R.write_atomic(former, f"# stands for {R.digest(R.shape(R.statements(new)))}\n{old}\n")
+    assert now() == before
+    R.write_atomic(folder / "net.py", "def embed(x): return x + 1\ndef other(x): return x\n"); assert now() != before
+    R.write_atomic(folder / "net.py", "def embed(x): return x\ndef other(x): return x + 1\n"); assert now() == before      # the new text alone uses it
+    notebook(new + " + 1"); assert now() != before
+    R.write_atomic(former, old)
+    with pytest.raises(ValueError, match="30_train.py in workflow/former must begin with"): now()
+
+
 def test_every_former_text_of_the_project_is_in_force():
     "One whose successor was edited without a word vouches for nothing: show anew that no number changed, or delete it."
     files = sorted((ROOT / R.FORMER).glob("*.py"))
     for file in files:
         module, _, name = file.stem.rpartition(".")
+        if not module:                                                    # the deciding cells of a training notebook
+            assert R.deciding_code(next(ROOT.glob(f"nbs/*/{name}.ipynb")), ROOT / R.PACKAGE)[1] == file.read_text(); continue
         assert R.definition(R.find_source(f"{R.PACKAGE}.{module}", ROOT / R.PACKAGE), name, ROOT / R.PACKAGE)[1] == R.digest(file.read_text()), file.name
     assert files and (ROOT / R.FORMER / "README.md").is_file()
 
