@@ -1,13 +1,15 @@
 """`python -m benchmarks [losses] [memory] [compile] [classes] [retrieval] [--out figures/bench]`: all of these by default.
 
-`python -m benchmarks search` takes longer, so it runs only when it is named; its sizes are options, see bench_search.
+`python -m benchmarks search`, `training` and `paths` take longer, so they run only when they are named; their options stand in their modules.
 `python -m benchmarks --render` writes tables and plots of losses and compile anew from their csv and measures nothing.
 """
 import argparse
 from importlib import import_module
 
 PARTS = ("losses", "memory", "compile", "classes", "retrieval")
-LONG = ("search",)                                      # run when named
+LONG = ("search", "training", "paths")                  # run when named
+OPTIONS = {"search": ("exact", "sizes", "dim", "queries", "rounds", "threads", "embeddings"),
+           "training": ("encoder", "size", "crop", "batch", "steps", "rounds", "threads"), "paths": ("data", "seeds", "epochs")}
 RENDERED = ("losses", "compile")                        # can be written anew from what was measured
 
 
@@ -16,23 +18,34 @@ def main(argv=None) -> None:
     parser.add_argument("parts", nargs="*", help=f"which of {', '.join((*PARTS, *LONG))}; default: {', '.join(PARTS)}")
     parser.add_argument("--out", default="figures/bench", help="folder for csv, md, svg and png")
     parser.add_argument("--render", action="store_true", help=f"measure nothing: write {' and '.join(RENDERED)} anew from their csv")
-    search = parser.add_argument_group("options of search, which may take an hour")
+    search = parser.add_argument_group("search", "may take an hour")
     search.add_argument("--exact", nargs=2, type=int, metavar=("N", "D"), help="size of exact search; 0 0: leave it out")
     search.add_argument("--sizes", nargs="+", type=int, metavar="N", help="sizes of synthetic galleries")
-    for name in ("dim", "queries", "rounds", "threads"): search.add_argument(f"--{name}", type=int, metavar="N")
+    for name in ("dim", "queries"): search.add_argument(f"--{name}", type=int, metavar="N")
     search.add_argument("--embeddings", metavar="FILE", help="a .npy of your own embeddings: one gallery more")
+    training = parser.add_argument_group("training", "the paper's size on a GPU, a small one elsewhere")
+    training.add_argument("--encoder", metavar="NAME")
+    for name in ("size", "crop", "batch", "steps"): training.add_argument(f"--{name}", type=int, metavar="N")
+    both = parser.add_argument_group("search and training")
+    for name in ("rounds", "threads"): both.add_argument(f"--{name}", type=int, metavar="N")
+    paths = parser.add_argument_group("paths")
+    paths.add_argument("--data", metavar="FOLDER", help="holds grocery; default: DML_DATA")
+    for name in ("seeds", "epochs"): paths.add_argument(f"--{name}", type=int, metavar="N")
     arguments = vars(parser.parse_args(argv))
     render, out = arguments.pop("render"), arguments.pop("out")
     parts = arguments.pop("parts") or (RENDERED if render else PARTS)
     options = {name: value for name, value in arguments.items() if value is not None}
     for part in parts:
         if part not in (*PARTS, *LONG): parser.error(f"unknown benchmark {part!r}: choose from {', '.join((*PARTS, *LONG))}")
-    if options and "search" not in parts: parser.error(f"--{next(iter(options))} is an option of search: say `python -m benchmarks search ...`")
+    for name in options:
+        if not any(name in of for part, of in OPTIONS.items() if part in parts):
+            owners = [part for part, of in OPTIONS.items() if name in of]
+            parser.error(f"--{name} is an option of {' and '.join(owners)}: say `python -m benchmarks {owners[0]} ...`")
     if render and not {*parts} <= {*RENDERED}: parser.error(f"--render knows {' and '.join(RENDERED)}, got {' '.join(parts)}")
     if render:
         for part in parts: import_module(f"benchmarks.bench_{part}").render(out)
         return
-    for part in parts: import_module(f"benchmarks.bench_{part}").main(out, **options if part == "search" else {})
+    for part in parts: import_module(f"benchmarks.bench_{part}").main(out, **{k: v for k, v in options.items() if k in OPTIONS.get(part, ())})
 
 
 if __name__ == "__main__": main()

@@ -20,7 +20,7 @@ from dml_companion import reproduction as R
 root = R.project_root()
 here, log, start = root / folder, root / f"{row}-{seed}.log", R.now()
 here.mkdir(parents=True, exist_ok=True)
-recipe = {name: globals()[name] for name in json.loads((root / "fields.json").read_text())}
+recipe = {name: globals()[name] for name in json.loads((root / "fields.json").read_text()) if name in globals()}
 job = next(j for j in json.loads((root / "runs/plans/toy.json").read_text())["jobs"] if j["row"] == row and j["seed"] == seed)
 done = int((here / "checkpoint.pt").read_text()) if (here / "checkpoint.pt").exists() else 0
 for epoch in range(done, 4):

@@ -403,7 +403,7 @@ def test_the_parameters_cell_of_30_train_is_the_recipe():
     cells = json.loads((ROOT / "nbs/04_experiments/30_train.ipynb").read_text(encoding="utf-8"))["cells"]
     (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     values = {(a.target if isinstance(a, ast.AnnAssign) else a.targets[0]).id: ast.literal_eval(a.value) for a in ast.parse("".join(cell["source"])).body}
-    assert set(values) - set(Recipe.model_fields) == {"row", "seed", "data", "device", "folder", "weights", "watch_test", "snapshots", "evaluate_on"}
+    assert set(values) - set(Recipe.model_fields) == {"row", "seed", "data", "device", "folder", "weights", "watch_test", "snapshots", "evaluate_on", "expected"}
     assert set(Recipe.model_fields) <= set(values)
     recipe = Recipe(**{k: values[k] for k in Recipe.model_fields})
     assert recipe.changed <= {"augment"}, "the notebook's defaults are the recipe's, but for the glyphs' augmentation"

@@ -1,0 +1,221 @@
+"""Training: the path that most users have beside ours. Its speed, rung by rung, and what each of the two learns.
+
+Not among the parts that run by default. On a GPU, at the paper's size:
+
+    python -m benchmarks training                                     # ResNet-50, 224 of 256 pixels, batches of 128
+    python -m benchmarks paths --data ~/data                          # both paths on Grocery, five seeds
+
+On a CPU the same commands are small: a ConvNet, 56 of 64 pixels; `--encoder`, `--size`, `--crop`, `--batch`, `--steps` say otherwise. The images of the
+ladder are noise in a memory-mapped pack of the wanted size, so that nothing has to be fetched: their content costs nothing and changes nothing.
+
+The reference reads one image after the other from the pack, puts it through torchvision's transforms v2 and a DataLoader with workers, and trains in fp32.
+A rung adds one thing to the one before it. The floor is forward, backward and update on one batch that lies on the device already.
+"""
+import math
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset as TorchDataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+
+from benchmarks.common import machine_lines, pipe_table, write_text
+from dml_companion import objectives
+from dml_companion.datasets import Split
+from dml_companion.device import DevicePack, augment, training_batches
+from dml_companion.encoders import build_encoder
+from dml_companion.training import Augment, Recipe, Run, epoch_batches
+
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12} # dense bf16 FLOP/s in NVIDIA's data sheets (SXM boards)
+CLASSES = 98 # of Cars196's training half
+RECIPES = {"CUB": (30, 5_864, 5_924), "Cars196": (100, 8_054, 8_131), "SOP": (100, 59_551, 60_502), "In-Shop": (100, 25_882, 26_830)} # epochs, training images, images judged an epoch
+
+
+# the path that most users have
+
+class OneByOne(TorchDataset):
+    "Images of a split through torchvision's transforms, one at a time."
+    def __init__(self, split: Split, transform: Callable): self.split, self.transform = split, transform
+    def __len__(self) -> int: return len(self.split)
+    def __getitem__(self, i: int) -> tuple[Tensor, int]: return self.transform(self.split.batch([i])[0]), int(self.split.labels[i])
+
+
+def torchvision_transform(config: Augment, crop: int) -> v2.Compose:
+    "The same augmentation as torchvision has it: colours first, then the crop, on bytes."
+    steps = [v2.ColorJitter(*config.jitter)] if any(config.jitter) else []
+    steps += [v2.RandomResizedCrop(crop, config.crop_scale, config.crop_ratio, antialias=True) if config.crop_scale else v2.RandomCrop(crop)]
+    steps += [v2.RandomHorizontalFlip()] if config.flip else []
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
+
+
+def seed_worker(worker: int) -> None:
+    "Each worker its own random numbers, and one thread."
+    torch.set_num_threads(1)
+
+
+class LoaderRun(Run):
+    "The run of notebook 05 with a DataLoader in place of the pack: same recipe, same batches' sizes, same schedule."
+    workers = 0
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]: # (b, c, crop, crop) float and (b,) labels, on the device
+        index = epoch_batches(self.recipe, self.train.labels, self.generators["sampler"])
+        data = OneByOne(self.train, torchvision_transform(self.recipe.augment, self.recipe.crop))
+        for images, labels in DataLoader(data, batch_sampler=[i.tolist() for i in index], num_workers=self.workers, worker_init_fn=seed_worker,
+                                         generator=self.generators["augment"], pin_memory=self.device == "cuda"):
+            yield images.to(self.accelerator.device, non_blocking=True), labels.to(self.accelerator.device, non_blocking=True)
+
+
+# the ladder
+
+class Rung(NamedTuple):
+    "What is switched on."
+    name: str
+    device_batches: bool = False
+    tf32: bool = False
+    bf16: bool = False
+    channels_last: bool = False
+    compiled: bool = False
+
+
+LADDER = (Rung("fp32, DataLoader"), Rung("+ tf32", tf32=True), Rung("+ bf16", tf32=True, bf16=True), Rung("+ channels last", tf32=True, bf16=True, channels_last=True),
+          Rung("+ compile", tf32=True, bf16=True, channels_last=True, compiled=True),
+          Rung("+ batches on the device", device_batches=True, tf32=True, bf16=True, channels_last=True, compiled=True))
+
+
+def noise(n: int, size: int, folder: Path) -> Split:
+    "A memory-mapped pack of random bytes, 98 classes."
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, 3, size, size))
+    rng = np.random.default_rng(0)
+    for start in range(0, n, 64): images[start:start + 64] = rng.integers(0, 256, images[start:start + 64].shape, dtype=np.uint8)
+    images.flush()
+    return Split(np.load(folder / "images.npy", mmap_mode="r"), np.arange(n) % CLASSES, [f"class {k}" for k in range(CLASSES)])
+
+
+def make_step(recipe: Recipe, rung: Rung, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+    "One training step of a new net under a rung's switches; images in [0, 1] on the device."
+    torch.manual_seed(0)
+    encoder = build_encoder(recipe.encoder, in_channels=3, size=recipe.crop, freeze_bn=recipe.freeze_bn, norm=recipe.norm, dropout=recipe.dropout, **recipe.encoder_options).to(device)
+    layout = torch.channels_last if rung.channels_last else torch.contiguous_format
+    encoder.trunk.to(memory_format=layout)
+    loss = objectives.make("cross_entropy", num_classes=CLASSES, dim=encoder.dim, label_smoothing=.1).to(device)
+    optimizer = torch.optim.SGD([*encoder.parameters(), *loss.parameters()], lr=1e-3, momentum=.9)
+    def embed(images): # as Encoder.forward, whose memory format is always channels last
+        x = ((images - encoder.mean) / encoder.std).contiguous(memory_format=layout)
+        return encoder.project(encoder.dropout(encoder.norm(encoder.trunk(x))))
+    def whole(images, labels):
+        with torch.autocast(device.type, torch.bfloat16, enabled=rung.bf16): z = embed(images)
+        return loss.parts(z.float(), labels).total
+    forward = torch.compile(whole, dynamic=False) if rung.compiled else whole
+    encoder.train(); loss.train()
+    def step(images, labels):
+        optimizer.zero_grad()
+        forward(images, labels).backward()
+        optimizer.step()
+    return step
+
+
+def endless(make: Callable[[], Iterator]) -> Iterator:
+    "Epoch after epoch."
+    while True: yield from make()
+
+
+def feed(split: Split, recipe: Recipe, rung: Rung, device: torch.device, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    "Batches for a rung, without end."
+    generators = {k: torch.Generator().manual_seed(i) for i, k in enumerate(("sampler", "augment"))}
+    if rung.device_batches:
+        pack, made = DevicePack(split, device), torch.compile(augment, dynamic=False) if rung.compiled else augment
+        return endless(lambda: training_batches(pack, recipe, generators, dtype=torch.bfloat16 if rung.bf16 else torch.float32, compiled=made))
+    loader = DataLoader(OneByOne(split, torchvision_transform(recipe.augment, recipe.crop)), recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers,
+                        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=seed_worker, generator=generators["sampler"])
+    return ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in endless(lambda: iter(loader)))
+
+
+def timed(step: Callable, batches: Iterator, steps: int, rounds: int, device: torch.device) -> list[float]: # seconds a step, one a round
+    "Time whole blocks of steps, waiting for the device at their ends only."
+    def done():
+        if device.type == "cuda": torch.cuda.synchronize()
+    def block(n):
+        for _ in range(n): step(*next(batches))
+        done()
+    block(3)                                                       # compilation, workers, first pages
+    spent = []
+    for _ in range(rounds):
+        start = time.perf_counter(); block(steps); spent.append((time.perf_counter() - start) / steps)
+    return spent
+
+
+def step_flops(recipe: Recipe) -> int: # floating-point operations of one image, forward and backward
+    "Counted on the meta device by torch."
+    encoder = build_encoder(recipe.encoder, in_channels=3, size=recipe.crop, **recipe.encoder_options).to("meta").train()
+    with FlopCounterMode(display=False) as counter: encoder(torch.empty(1 + 1, 3, recipe.crop, recipe.crop, device="meta")).sum().backward()
+    return counter.get_total_flops() // 2
+
+
+def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int) -> "pd.DataFrame":
+    "Images a second of every rung and of the floor."
+    import pandas as pd
+    peak = next((v for k, v in PEAKS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), math.nan)
+    flops, lines = step_flops(recipe), []
+    fixed = Rung("floor: one batch, again and again", bf16=LADDER[-1].bf16, tf32=True, channels_last=True, compiled=True)
+    for rung in (*LADDER, fixed):
+        if rung.tf32 and not rung.bf16 and device.type == "cpu": continue      # a CPU has no tf32
+        torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = rung.tf32, True
+        torch._dynamo.reset()
+        try:
+            batches = feed(split, recipe, LADDER[-1] if rung is fixed else rung, device, workers)
+            if rung is fixed: one = next(batches); batches = endless(lambda one=one: iter([one]))
+            spent = timed(make_step(recipe, rung, device), batches, steps, rounds, device)
+        finally: torch.set_float32_matmul_precision("highest")
+        speed = recipe.batch_size / statistics.median(spent)
+        lines.append(dict(rung=rung.name, images_per_second=speed, low=recipe.batch_size / max(spent), high=recipe.batch_size / min(spent),
+                          flops_per_image=flops, share_of_peak=speed * flops / peak))
+        print(f"{rung.name:36} {speed:9.1f} images/s", flush=True)
+        del batches
+    table = pd.DataFrame(lines)
+    first, floor = table.images_per_second.iloc[0], table.images_per_second.iloc[-1]
+    return table.assign(against_first=table.images_per_second / first, step_against_floor=floor / table.images_per_second)
+
+
+def defaults(device: torch.device) -> dict:
+    "The paper's size on a GPU; what a CPU can do in minutes elsewhere."
+    if device.type == "cuda": return dict(encoder="resnet50", size=256, crop=224, batch=128, steps=20, images=2048)
+    return dict(encoder="convnet", size=64, crop=56, batch=64, steps=8, images=1024)
+
+
+def main(out: str = "figures/bench", encoder: str | None = None, size: int | None = None, crop: int | None = None, batch: int | None = None,
+         steps: int | None = None, rounds: int = 5, threads: int | None = None) -> None:
+    "Climb the ladder, and say what that makes of the paper's four recipes."
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if threads: torch.set_num_threads(threads)
+    given = {k: v for k, v in dict(encoder=encoder, size=size, crop=crop, batch=batch, steps=steps).items() if v is not None}
+    use = defaults(device) | given
+    recipe = Recipe(encoder=use["encoder"], size=use["size"], crop=use["crop"], pipeline="device", batch_size=use["batch"], freeze_bn=use["encoder"] != "convnet", dropout=.5,
+                    augment=Augment(crop_scale=(.16, 1.), flip=True, jitter=(.25, .25, .25, 0.), jitter_first=True))
+    with tempfile.TemporaryDirectory() as folder:
+        table = ladder(recipe, noise(use["images"], use["size"], Path(folder)), device, use["steps"], rounds, max(0, (os.cpu_count() or 1) - 1))
+    top = table.iloc[-2].images_per_second
+    name, folder = f"training_{'gpu' if device.type == 'cuda' else 'cpu'}", Path(out)
+    rows = [[r.rung, f"{r.images_per_second:,.1f} ({r.low:,.1f} to {r.high:,.1f})", f"{r.against_first:.2f}", f"{r.step_against_floor:.2f}",
+             "unknown" if math.isnan(r.share_of_peak) else f"{r.share_of_peak:.1%}"] for r in table.itertuples()]
+    hours = [[who, f"{epochs} × ({train:,} + {judged:,} / 3)", f"{epochs * (train + judged / 3) / top / 3600:.2f}"] for who, (epochs, train, judged) in RECIPES.items()]
+    total = sum(epochs * (train + judged / 3) for epochs, train, judged in RECIPES.values()) / top / 3600
+    size_text = f"{use['encoder']}, {use['crop']} of {use['size']} pixels, batches of {use['batch']}, {table.flops_per_image.iloc[0] / 1e9:.2f} GFLOP an image (forward and backward, counted by torch)"
+    extra = "" if device.type == "cuda" and use["encoder"] == "resnet50" else " Not the paper's net or not a GPU: read the arithmetic, not the hours."
+    write_text(folder / f"{name}.md", "\n\n".join([
+        "# A training step, rung by rung", f"{size_text}. Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets. Each rung adds to the one before it.",
+        pipe_table(["rung", "images / s", "times the first", "step, times the floor's", "of the card's dense bf16 peak"], rows),
+        "## What the paper's four recipes would take", f"Images trained on, and a third of the cost for each image that is judged after an epoch (forward only), at {top:,.1f} images a second.{extra}",
+        pipe_table(["recipe", "epochs × (training + judged / 3)", "hours"], [*hours, ["all four", "", f"{total:.2f}"]]), "\n".join(machine_lines())]))
+    table.to_csv(folder / f"{name}.csv", index=False)
+    print(f"wrote {folder}/{name}.md, .csv")
+
+
+if __name__ == "__main__": main()
