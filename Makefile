@@ -3,6 +3,7 @@
 # make test                 the whole test suite, smoke profile included, in two processes (JOBS=8: in eight; ARGS="-n0 --pdb": in this one)
 # make lab                  read the notebooks in JupyterLab
 # make bench                losses, memory, compilation, retrieval against floors, limits and pytorch-metric-learning
+# make bench-gpu            a training step rung by rung, from fp32 and a DataLoader to batches on the device (on a CPU: the same, small)
 # make setup LOCK=1         the environment in which the committed figures were made, package by package
 # make clean                remove what can be built again; `make clean-runs` also removes finished runs
 
@@ -14,7 +15,7 @@ JOBS    ?= 2
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 
-.PHONY: setup reproduce tune status test lab bench export clean clean-runs
+.PHONY: setup reproduce tune status test lab bench bench-gpu export clean clean-runs
 .DEFAULT_GOAL := reproduce
 
 setup: $(READY)
@@ -44,6 +45,9 @@ lab: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks training $(ARGS)
 
 # After editing a notebook: tidy what Jupyter wrote, strip outputs, write the package.
 export: $(READY)

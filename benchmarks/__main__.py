@@ -9,7 +9,7 @@ from importlib import import_module
 PARTS = ("losses", "memory", "compile", "classes", "retrieval")
 LONG = ("search", "training", "paths")                  # run when named
 OPTIONS = {"search": ("exact", "sizes", "dim", "queries", "rounds", "threads", "embeddings"),
-           "training": ("encoder", "size", "crop", "batch", "steps", "rounds", "threads"), "paths": ("data", "seeds", "epochs")}
+           "training": ("encoder", "size", "crop", "batch", "steps", "rounds", "threads", "compile"), "paths": ("data", "seeds", "epochs")}
 RENDERED = ("losses", "compile")                        # can be written anew from what was measured
 
 
@@ -25,6 +25,7 @@ def main(argv=None) -> None:
     search.add_argument("--embeddings", metavar="FILE", help="a .npy of your own embeddings: one gallery more")
     training = parser.add_argument_group("training", "the paper's size on a GPU, a small one elsewhere")
     training.add_argument("--encoder", metavar="NAME")
+    training.add_argument("--compile", action="store_true", default=None, help="the compiler's rung on a CPU, too")
     for name in ("size", "crop", "batch", "steps"): training.add_argument(f"--{name}", type=int, metavar="N")
     both = parser.add_argument_group("search and training")
     for name in ("rounds", "threads"): both.add_argument(f"--{name}", type=int, metavar="N")

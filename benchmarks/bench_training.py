@@ -5,7 +5,7 @@ Not among the parts that run by default. On a GPU, at the paper's size:
     python -m benchmarks training                                     # ResNet-50, 224 of 256 pixels, batches of 128
     python -m benchmarks paths --data ~/data                          # both paths on Grocery, five seeds
 
-On a CPU the same commands are small: a ConvNet, 56 of 64 pixels; `--encoder`, `--size`, `--crop`, `--batch`, `--steps` say otherwise. The images of the
+On a CPU the same commands are small: a ConvNet, 56 of 64 pixels, nothing compiled; `--encoder`, `--size`, `--crop`, `--batch`, `--steps`, `--compile` say otherwise. The images of the
 ladder are noise in a memory-mapped pack of the wanted size, so that nothing has to be fetched: their content costs nothing and changes nothing.
 
 The reference reads one image after the other from the pack, puts it through torchvision's transforms v2 and a DataLoader with workers, and trains in fp32.
@@ -16,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from itertools import repeat
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -158,20 +159,25 @@ def step_flops(recipe: Recipe) -> int: # floating-point operations of one image,
     return counter.get_total_flops() // 2
 
 
-def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int) -> "pd.DataFrame":
+def rungs(device: torch.device, compiling: bool) -> list[Rung]:
+    "The ladder as this machine can climb it, and the floor: no tf32 on a CPU, and the compiler only where it is wanted."
+    steps = [r for r in LADDER if (r.bf16 or not r.tf32 or device.type == "cuda") and (compiling or r.name != "+ compile")]
+    floor = LADDER[-1]._replace(name="floor: one batch, again and again")
+    return [r._replace(compiled=r.compiled and compiling) for r in (*steps, floor)]
+
+
+def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int, compiling: bool) -> "pd.DataFrame":
     "Images a second of every rung and of the floor."
     import pandas as pd
     peak = next((v for k, v in PEAKS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), math.nan)
     flops, lines = step_flops(recipe), []
-    fixed = Rung("floor: one batch, again and again", bf16=LADDER[-1].bf16, tf32=True, channels_last=True, compiled=True)
-    for rung in (*LADDER, fixed):
-        if rung.tf32 and not rung.bf16 and device.type == "cpu": continue      # a CPU has no tf32
+    for rung in rungs(device, compiling):
         torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = rung.tf32, True
         torch._dynamo.reset()
         try:
-            batches = feed(split, recipe, LADDER[-1] if rung is fixed else rung, device, workers)
-            if rung is fixed: one = next(batches); batches = endless(lambda one=one: iter([one]))
+            batches = feed(split, recipe, rung, device, workers)
+            if rung.name.startswith("floor"): batches = repeat(next(batches))
             spent = timed(make_step(recipe, rung, device), batches, steps, rounds, device)
         finally: torch.set_float32_matmul_precision("highest")
         speed = recipe.batch_size / statistics.median(spent)
@@ -191,7 +197,7 @@ def defaults(device: torch.device) -> dict:
 
 
 def main(out: str = "figures/bench", encoder: str | None = None, size: int | None = None, crop: int | None = None, batch: int | None = None,
-         steps: int | None = None, rounds: int = 5, threads: int | None = None) -> None:
+         steps: int | None = None, rounds: int = 5, threads: int | None = None, compile: bool = False) -> None:
     "Climb the ladder, and say what that makes of the paper's four recipes."
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if threads: torch.set_num_threads(threads)
@@ -200,7 +206,7 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
     recipe = Recipe(encoder=use["encoder"], size=use["size"], crop=use["crop"], pipeline="device", batch_size=use["batch"], freeze_bn=use["encoder"] != "convnet", dropout=.5,
                     augment=Augment(crop_scale=(.16, 1.), flip=True, jitter=(.25, .25, .25, 0.), jitter_first=True))
     with tempfile.TemporaryDirectory() as folder:
-        table = ladder(recipe, noise(use["images"], use["size"], Path(folder)), device, use["steps"], rounds, max(0, (os.cpu_count() or 1) - 1))
+        table = ladder(recipe, noise(use["images"], use["size"], Path(folder)), device, use["steps"], rounds, max(0, (os.cpu_count() or 1) - 1), compile or device.type == "cuda")
     top = table.iloc[-2].images_per_second
     name, folder = f"training_{'gpu' if device.type == 'cuda' else 'cpu'}", Path(out)
     rows = [[r.rung, f"{r.images_per_second:,.1f} ({r.low:,.1f} to {r.high:,.1f})", f"{r.against_first:.2f}", f"{r.step_against_floor:.2f}",

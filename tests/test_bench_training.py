@@ -1,0 +1,73 @@
+"The ladder of a training step and the comparison of two paths, in sizes that a test can pay."
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+from benchmarks import bench_paths as P, bench_training as T
+from benchmarks.__main__ import main
+from dml_companion import objectives
+from dml_companion.datasets import load
+from dml_companion.training import Augment, Recipe, epoch_batches, holdout_classes
+
+
+def test_the_ladder_is_climbed_and_its_arithmetic_holds(tmp_path):
+    main(["training", "--size", "24", "--crop", "16", "--batch", "8", "--steps", "1", "--rounds", "2", "--out", str(tmp_path)])
+    table, text = pd.read_csv(tmp_path / f"training_{'gpu' if torch.cuda.is_available() else 'cpu'}.csv"), next(tmp_path.glob("*.md")).read_text()
+    assert table.rung.iloc[0] == "fp32, DataLoader" and table.rung.iloc[-2] == "+ batches on the device" and table.rung.iloc[-1].startswith("floor")
+    assert np.allclose(table.against_first, table.images_per_second / table.images_per_second[0]) and table.step_against_floor.iloc[-1] == 1
+    top = table.images_per_second.iloc[-2]
+    hours = sum(e * (n + m / 3) for e, n, m in T.RECIPES.values()) / top / 3600
+    assert f"| all four |  | {hours:.2f} |" in text and ("Not the paper's net" in text)
+    for words in (["--seeds", "3"], ["losses", "--steps", "3"], ["training", "--data", "x"]):
+        with pytest.raises(SystemExit): main(words)
+
+
+def test_the_flops_are_those_of_the_net():
+    "ResNet-50 at 224 pixels: 4.09 billion multiply-adds forward (torchvision's table), twice as many operations, three times that with backward but for the first layer."
+    flops = T.step_flops(Recipe(encoder="resnet50", size=256, crop=224, pipeline="device"))
+    assert flops == pytest.approx(3 * 2 * 4.09e9, rel=.03)
+
+
+def test_a_cpu_climbs_no_rung_that_it_has_not():
+    names = [r.name for r in T.rungs(torch.device("cpu"), False)]
+    assert "+ tf32" not in names and "+ compile" not in names and not any(r.compiled for r in T.rungs(torch.device("cpu"), False))
+    assert [r.name for r in T.rungs(torch.device("cuda"), True)][:-1] == [r.name for r in T.LADDER] and all(r.compiled for r in T.rungs(torch.device("cuda"), True)[-3:])
+
+
+def test_the_reference_sees_the_same_images_in_the_same_batches():
+    "Without augmentation the DataLoader's batches are 05's, image by image."
+    data = load("glyphs", progress=False, max_train_classes=20, max_test_classes=20)
+    recipe = Recipe(encoder_options={"width": 4}, epochs=1, batch_size=16, pipeline="device", crop=32, validation=.3)
+    train, held = holdout_classes(data.train, .3, 0)
+    run = T.LoaderRun(recipe, data, train, held, partial(objectives.make, "cross_entropy"), 0, None, "cpu")
+    index = epoch_batches(recipe, train.labels, torch.Generator().manual_seed(0))
+    batches = list(run.batches())
+    assert len(batches) == len(index)
+    for (images, labels), i in zip(batches, index):
+        assert torch.allclose(images, train.batch(i.numpy()).float() / 255, rtol=0, atol=1e-7) and labels.tolist() == train.labels[i.numpy()].tolist()
+
+
+def test_torchvision_s_transform_has_the_recipe_s_numbers():
+    steps = T.torchvision_transform(Augment(crop_scale=(.3, 1.), crop_ratio=(1., 1.), flip=True, jitter=(.2, .3, .4, .1)), 56).transforms
+    assert [type(s).__name__ for s in steps] == ["ColorJitter", "RandomResizedCrop", "RandomHorizontalFlip", "ToDtype"]
+    assert tuple(steps[1].scale) == (.3, 1.) and steps[1].size in ((56, 56), [56, 56]) and steps[0].brightness == (.8, 1.2) and steps[0].hue == (-.1, .1)
+
+
+def test_intervals_that_part_are_seen():
+    near, far = ([dict(path=p, seed=s, epoch=e, recall=.5 + .01 * s + gap * e * k) for k, p in enumerate(P.PATHS) for s in range(3) for e in (0, 1)] for gap in (.001, .3))
+    assert P.compared(pd.DataFrame(near)).overlap.all() and P.compared(pd.DataFrame(far)).overlap.tolist() == [True, False]
+
+
+@pytest.mark.skipif(not Path(os.environ.get("DML_DATA", ""), "grocery").is_dir(), reason="DML_DATA has no grocery")
+def test_both_paths_train_on_photographs(tmp_path):
+    main(["paths", "--seeds", "2", "--epochs", "1", "--out", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "training_paths.csv")
+    assert set(table.path) == set(P.PATHS) and (table.groupby(["seed", "epoch"]).size() == 2).all()
+    start = table[table.epoch == 0].groupby("seed").recall.nunique()
+    assert (start == 1).all() and "after every epoch" in (tmp_path / "training_paths.md").read_text() or "do not overlap" in (tmp_path / "training_paths.md").read_text()
