@@ -13,7 +13,7 @@ __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', '
            'run_plan', 'place', 'polite_signals', 'report', 'line_of', 'bar', 'watch', 'wait', 'beside_each_other',
            'elsewhere', 'repeat', 'in_a_sentence', 'as_split', 'confess', 'embed', 'evaluate', 'some', 'scoreboard',
            'train', 'report_training', 'as_options', 'search', 'sheet', 'index_build', 'index_query', 'hung', 'family',
-           'objectives', 'data_list', 'data_prepare', 'again_line', 'data_verify', 'job', 'main']
+           'objectives', 'data_list', 'data_prepare', 'again_line', 'data_verify', 'together', 'job', 'main']
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c02
 import os, shlex, signal, sys, time
@@ -647,6 +647,23 @@ def data_verify(name: NameArgument, data: DataOption = None, size: SizeOption = 
         raise typer.Exit(1)
     except (ValueError, OSError, ModuleNotFoundError) as e: give_up(e)
     say(f"right: {len(done.pack.images):,} images have their hash, in {done.pack.folder}\n{done.data}\ndigest {done.data.digest}")
+
+
+@app.command()
+def together(row: Annotated[str, typer.Argument(help="A row of the profile.")], seed: Annotated[int, typer.Option(help="One of its seeds.")] = 0,
+             profile: ProfileOption = "paper", data: DataOption = None, device: DeviceOption = "auto", weights: PlanWeightsOption = None) -> None:
+    "Train one run in all processes that `accelerate launch` started; `reproduce` finds it trained and judges it."
+    from accelerate import PartialState
+    from dml_companion.engine import train_cells
+    state = PartialState(cpu=device == "cpu")
+    with state.main_process_first(): root, plan = make_plan(profile, data, device, None, weights=weights)      # the first one packs the images
+    found = [j for j in plan.jobs if j.kind == "train" and (j.row, j.seed) == (row, seed)]
+    known = dict.fromkeys(j.row for j in plan.jobs if j.kind == "train" and j.recipe.get("pipeline") == "device")
+    if row not in known: give_up(ValueError(f"{row!r} is no row of {profile!r} whose recipe says pipeline: device; known: {', '.join(known) or 'none'}"))
+    if not found: give_up(ValueError(f"row {row!r} has no seed {seed}; known: {', '.join(str(j.seed) for j in plan.jobs if j.row == row)}"))
+    try: train_cells(found[0], root)
+    except ValueError as e: give_up(e)
+    if state.is_main_process: say(f"{found[0].title}: trained by {state.num_processes} processes; dml-companion reproduce --profile {profile} judges it")
 
 
 @app.command(hidden=True)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['KEEP', 'NOISE', 'HARDWARE', 'BUDGET', 'failure_text', 'NotebookFailed', 'broken_cell', 'describe_failure',
            'papermill', 'execute', 'locked', 'check_code', 'trained_files', 'drop_old_claims', 'seal', 'is_front',
-           'follow_front', 'one_gpu', 'thread_limits', 'run_job', 'do_job', 'note_failure', 'Busy', 'project_lock',
-           'Cluster', 'load_cluster', 'snakemake_flags', 'snakemake_command', 'guarded_snakemake', 'job_environment',
-           'start', 'stop', 'Progress', 'epochs_done', 'last_seconds', 'past_seconds', 'time_left', 'look', 'duration',
-           'tail', 'scheduler_says', 'failures', 'clean_text', 'clean_output', 'machine_folders', 'reading_copy',
-           'manifest', 'readable', 'inside', 'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'publish',
-           'among', 'take_over', 'adopt', 'measured', 'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
+           'follow_front', 'one_gpu', 'thread_limits', 'run_job', 'do_job', 'train_cells', 'note_failure', 'Busy',
+           'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags', 'snakemake_command', 'guarded_snakemake',
+           'job_environment', 'start', 'stop', 'Progress', 'epochs_done', 'last_seconds', 'past_seconds', 'time_left',
+           'look', 'duration', 'tail', 'scheduler_says', 'failures', 'clean_text', 'clean_output', 'machine_folders',
+           'reading_copy', 'manifest', 'readable', 'inside', 'figure_files', 'provenance_of', 'front_page',
+           'refresh_quotes', 'publish', 'among', 'take_over', 'adopt', 'measured', 'Repeated', 'compare',
+           'published_runs', 'repeat', 'repeat_some']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
 import json, math, os, random, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 from .profiles import Job, Plan, beside, check_parameters, is_locked, read_yaml, spoilt, take_lock, variant_name
-from .reproduction import (Record, digest, file_digest, load_record, notebook_digest, now, package_folder,
+from .reproduction import (Record, cell_code, code_cells, digest, file_digest, load_record, notebook_digest, now, package_folder,
     nearest_name, project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c05
@@ -215,6 +216,22 @@ def do_job(job: Job, root: Path) -> None:
     for old in (output, listing, beside(output, "manifest.json")): old.unlink(missing_ok=True)
     check_code(job, root)
     execute(job.notebook, output, job.parameters, root, check=lambda: seal(job, listing, start, root))
+
+
+def train_cells(job: Job, # of kind "train"
+                root: Path, # the project
+               ) -> None:
+    "Run a training notebook's cells in this process, up to and including the one tagged `trains`; the trained state is in the run's folder."
+    check_code(job, root)
+    space, before = {"display": lambda *shown: None}, Path.cwd()
+    os.chdir(root)
+    try:
+        for cell in code_cells(root / job.notebook):
+            exec(compile(cell_code(cell["source"]), job.notebook, "exec"), space)
+            if "parameters" in cell["tags"]: space |= job.parameters
+            if "trains" in cell["tags"]: return
+    finally: os.chdir(before)
+    raise ValueError(f"{job.notebook} has no cell with the tag `trains`: tag the one that calls fit")
 
 
 def note_failure(job: Job, name: str, what: str, root: Path) -> int: # exit code 1

@@ -680,29 +680,34 @@ class Run:
     def agree(self) -> None:
         "Called after each backward pass; one process has nobody to agree with."
 
+    @property
+    def bare(self) -> Encoder:
+        "The encoder without what joins it to other processes."
+        return self.accelerator.unwrap_model(self.encoder)
+
     def state(self) -> dict: # plain tensors and numbers
         "Everything that `restore` needs."
         return dict(identity=self.identity, epoch=self.epoch, step=self.step, history=self.history, best=self.best,
                     seconds=self.seconds,
-                    encoder=self.encoder.state_dict(), objective=self.objective.state_dict() if self.objective else {},
+                    encoder=self.bare.state_dict(), objective=self.objective.state_dict() if self.objective else {},
                     optimizer=self.optimizer.state_dict() if self.optimizer else {}, random=random_states(self.generators))
 
     def restore(self, state: dict) -> None:
         "Continue where a checkpoint stopped."
         for name in ("epoch", "step", "history", "best", "seconds"): setattr(self, name, state[name])
-        for name in ("encoder", "objective", "optimizer"):
-            if getattr(self, name) is not None: getattr(self, name).load_state_dict(state[name])
+        for name, part in (("encoder", self.bare), ("objective", self.objective), ("optimizer", self.optimizer)):
+            if part is not None: part.load_state_dict(state[name])
         restore_random_states(state["random"], self.generators)
 
     def look(self, entry: dict) -> None:
         "Evaluate on the watched classes, keep the best validation epoch, and stop a run that fell below its start."
         entry |= {f"{'validation' if self.validated else 'train'}/{k}": v
-                  for k, v in monitor(self.accelerator.unwrap_model(self.encoder), self.watched, self.device).items()}
+                  for k, v in monitor(self.bare, self.watched, self.device).items()}
         if self.observe: entry |= self.observed(entry)
         self.history.append(entry)
         recalls = [e[self.watch] for e in self.history]
         if self.validated and recalls[-1] >= max(recalls):
-            weights = {k: v.detach().to("cpu", copy=True) for k, v in self.encoder.state_dict().items()}
+            weights = {k: v.detach().to("cpu", copy=True) for k, v in self.bare.state_dict().items()}
             self.best = dict(epoch=self.epoch, encoder=weights, recall=recalls[-1])
         tail = recalls[1:][-self.recipe.patience:]
         if math.isnan(recalls[-1]) or (len(tail) == self.recipe.patience and max(tail) < recalls[0]):

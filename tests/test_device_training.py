@@ -163,3 +163,36 @@ def test_two_processes_that_were_stopped_go_on(tmp_path):
 def test_what_two_processes_refuse_ends_both(changes, words, tmp_path):
     done = together(tmp_path, 2, **changes)
     assert done.returncode != 0 and words in done.stderr and not list(tmp_path.glob("rank*"))
+
+
+def test_a_run_of_a_profile_is_trained_together_and_judged_by_reproduce(tmp_path):
+    "Two processes train it; plain `reproduce` finds it trained, judges it and writes the record of an ordinary run."
+    import shutil
+    from test_engine import environment
+    root = tmp_path / "companion"
+    for part in ("dml_companion", "nbs", "workflow"): shutil.copytree(Path(__file__).parents[1] / part, root / part, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(Path(__file__).parents[1] / "settings.ini", root / "settings.ini")
+    R.write_atomic(root / "workflow/profiles/pair.yaml", """name: pair
+data: {name: glyphs, options: {max_train_classes: 24, max_test_classes: 24}}
+seeds: [0]
+base: {encoder: convnet, encoder_options: {width: 4}, norm: layer, freeze_bn: true, epochs: 2, batch_size: 32, lr: 0.02, warmup: 0, validation: 0.2, pipeline: device}
+rows:
+  snca: {recipe: {objective: snca, sampler: balanced, per_class: 4}}
+  alone: {recipe: {objective: snca, sampler: balanced, per_class: 4, pipeline: host}}
+""")
+    env = environment() | {"PYTHONPATH": str(root), "DML_ROOT": str(root), "OMP_NUM_THREADS": "1"}
+    def run(*words, n=None):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m"] if n else ["-m"]
+        return subprocess.run([sys.executable, *launch, "dml_companion.cli", *words], cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    done = run("together", "snca", "--profile", "pair", "--device", "cpu", n=2)
+    assert done.returncode == 0 and "trained by 2 processes" in done.stdout, done.stderr[-3000:]
+    (folder,) = (root / "runs/train/glyphs/snca").iterdir()
+    kept = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert kept["epoch"] == 2 and not (folder / "record.json").exists() and (folder / "epochs").is_dir()
+    done = run("reproduce", "--profile", "pair", "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = R.load_record(folder)
+    assert record.history == kept["history"] and record.metrics["cosine/recall@1"] == record.history[-1]["test/cosine/recall@1"]
+    for words, message in ((("snca", "--seed", "3"), "has no seed 3; known: 0"), (("alone",), "pipeline: device; known: snca"), (("sncaa",), "known: snca")):
+        done = run("together", *words, "--profile", "pair", "--device", "cpu")
+        assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-# stands for b23da5ac4aa4b1cbaa0cdc45681a72f3c040bcc7bb0418940f8096760ddd801e
+# stands for 514fa5918f5c900c46c23ffb8329f19b88b32499123520b4013e7065f75f80b6
 class Run:
     "The state of one training run; `fit` is its front door."
     def __init__(self, recipe: Recipe, data: Dataset, train: Split, watched: Split,
