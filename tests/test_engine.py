@@ -68,7 +68,9 @@ def root(tmp_path, monkeypatch):
     return root
 
 
-def environment(): return {k: v for k, v in os.environ.items() if k != "DML_ROOT"} | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+def environment():
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))     # a plugin may be tried from a folder of its own
+    return {k: v for k, v in os.environ.items() if k != "DML_ROOT"} | {"PYTHONPATH": paths, "COLUMNS": "200"}
 
 
 def begin(root, *words):
