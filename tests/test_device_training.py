@@ -66,7 +66,7 @@ def test_bf16_augments_in_bf16(data, monkeypatch):
     assert set(seen) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("objective", ["cross_entropy", "multi_similarity", "proxy_anchor", "snca", "triplet"])
+@pytest.mark.parametrize("objective", ["cross_entropy", "multi_similarity", "proxy_anchor", "snca", "sphereface", "triplet"])
 def test_captured_it_is_the_same_run(data, objective, monkeypatch):
     "Augmentation, encoder and loss as graphs; the second batch must fit the first one's."
     plain = run(data, objective=objective, lr=.01, epochs=1)

@@ -330,7 +330,7 @@ class SphereFace(MarginSoftmax):
     def split(self, embeddings: Tensor, labels: Tensor) -> Parts:
         "As for every margin; counts the training batches."
         parts = super().split(embeddings, labels)
-        if self.training and torch.is_grad_enabled(): self.batches.add_(1)
+        if self.training and torch.is_grad_enabled(): self.batches = self.batches + 1     # not in place: a compiled backward pass reads the old one
         return parts
 
 # %% ../../nbs/03_objectives/22_classification.ipynb #c46
