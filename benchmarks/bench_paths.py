@@ -69,7 +69,7 @@ def draw(table: pd.DataFrame, both: pd.DataFrame) -> "Figure":
     return fig
 
 
-def main(out: str = "figures/bench", data: str | None = None, seeds: int = 5, epochs: int | None = None) -> None:
+def main(out: str = "figures/bench", data: str | None = None, seeds: int = 10, epochs: int | None = None) -> None:
     "Train, compare, write."
     from dml_companion.reproduction import save_figure, use_house_style
     if seeds < 2: raise SystemExit(f"--seeds {seeds}: an interval needs two or more")

@@ -3,7 +3,7 @@
 Not among the parts that run by default. On a GPU, at the paper's size:
 
     python -m benchmarks training                                     # ResNet-50, 224 of 256 pixels, batches of 128
-    python -m benchmarks paths --data ~/data                          # both paths on Grocery, five seeds
+    python -m benchmarks paths --data ~/data                          # both paths on Grocery, ten seeds
 
 On a CPU the same commands are small: a ConvNet, 56 of 64 pixels, nothing compiled; `--encoder`, `--size`, `--crop`, `--batch`, `--steps`, `--compile` say otherwise. The images of the
 ladder are noise in a memory-mapped pack of the wanted size, so that nothing has to be fetched: their content costs nothing and changes nothing.
