@@ -49,7 +49,7 @@ FiguresOption = Annotated[Optional[str], typer.Option(
 VersionOption = Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)]
 CoresOption = Annotated[Optional[int], typer.Option("--cores", min=1, help="How many cores to use; default: all.")]
 ClusterOption = Annotated[Optional[str], typer.Option(
-    "--cluster", help="Send the jobs to a cluster: slurm, slurm-gpu, or a folder with a Snakemake profile.")]
+    "--cluster", help="Send the jobs to a cluster: slurm, slurm-gpu, kubernetes, or a folder with a Snakemake profile.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Say what would run, and why; run nothing.")]
 PublishedOption = Annotated[bool, typer.Option(
     "--published", help="Count as done what the figures folder holds and nothing has changed since: new figures without training.")]
