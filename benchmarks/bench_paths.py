@@ -6,13 +6,10 @@ Same recipe, same initial weights and batches by seed; other random numbers in t
 over seeds and 95 % interval. The two agree if their intervals overlap after every epoch; that is printed, whatever it is.
 """
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
 
 from benchmarks.bench_training import LoaderRun
 from benchmarks.common import machine_lines, pipe_table, write_text
@@ -28,16 +25,13 @@ PATHS = {"reference: DataLoader and torchvision": ("#D55E00", "s"), "on the devi
 def curves(data: str | None, seeds: int, recipe: Recipe) -> pd.DataFrame: # path, seed, epoch, recall
     "Train every path with every seed."
     images, lines = load(recipe.dataset, root=data, size=recipe.size), []
-    make = partial(objectives.make, recipe.objective, **recipe.objective_options)
+    make, device = partial(objectives.make, recipe.objective, **recipe.objective_options), training.pick_device()
+    train, validation = training.holdout_classes(images.train, recipe.validation, recipe.validation_seed)
+    LoaderRun.workers = 0 if device == "cpu" else max(0, (os.cpu_count() or 1) - 1)
     for seed in range(seeds):
         for path in PATHS:
             if path.startswith("reference"):
-                plain = recipe.model_copy(update=dict(precision="fp32"))
-                device = training.pick_device("auto")
-                train, validation = training.holdout_classes(images.train, recipe.validation, recipe.validation_seed)
-                with training.cpu_threads(recipe.threads):
-                    LoaderRun.workers = 0 if device == "cpu" else max(0, (os.cpu_count() or 1) - 1)
-                    result = LoaderRun(plain, images, train, validation, make, seed, None, device).go(progress=False)
+                with training.cpu_threads(recipe.threads): result = LoaderRun(recipe, images, train, validation, make, seed, None, device).go(progress=False)
             else: result = fit(recipe, images, make, seed=seed, progress=False)
             lines += [dict(path=path, seed=seed, epoch=e["epoch"], recall=e["validation/recall@1"], loss=e.get("loss")) for e in result.history]
             print(f"seed {seed}, {path}: {result.history[-1]['validation/recall@1']:.3f} after {recipe.epochs} epochs, {result.summary['seconds']:.0f} s", flush=True)

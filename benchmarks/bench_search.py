@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import interleaved, machine_lines, pipe_table, ratio, write_text
+from benchmarks.common import interleaved, machine_lines, pipe_table, ratio, waited, write_text
 from dml_companion.geometry import chunks, normalize
 from dml_companion.indexes import break_even, make_index, open_embeddings, quickest, sweep, synthetic_embeddings
 from dml_companion.memory import peak_bytes
@@ -34,14 +34,6 @@ def product(unit: torch.Tensor): # (n, d)
     buffer = torch.empty(size, len(unit), device=unit.device)
     def run():
         for rows in chunks(len(unit), size): torch.mm(unit[rows], unit.T, out=buffer[:rows.stop - rows.start])
-    return run
-
-
-def waited(call, device: str):
-    "A call that ends when the device has done it."
-    def run():
-        call()
-        if device != "cpu": torch.cuda.synchronize()
     return run
 
 

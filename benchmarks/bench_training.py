@@ -15,19 +15,18 @@ import math
 import os
 import statistics
 import tempfile
-import time
 from itertools import repeat
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset as TorchDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from benchmarks.common import machine_lines, pipe_table, write_text
+from benchmarks.common import interleaved, machine_lines, pipe_table, waited, write_text
 from dml_companion import objectives
 from dml_companion.datasets import Split
 from dml_companion.device import DevicePack, augment, training_batches
@@ -56,8 +55,8 @@ def torchvision_transform(config: Augment, crop: int) -> v2.Compose:
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
 
 
-def seed_worker(worker: int) -> None:
-    "Each worker its own random numbers, and one thread."
+def one_thread(worker: int) -> None:
+    "A worker of the DataLoader computes with one thread; torch gives each its own random numbers."
     torch.set_num_threads(1)
 
 
@@ -68,7 +67,7 @@ class LoaderRun(Run):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]: # (b, c, crop, crop) float and (b,) labels, on the device
         index = epoch_batches(self.recipe, self.train.labels, self.generators["sampler"])
         data = OneByOne(self.train, torchvision_transform(self.recipe.augment, self.recipe.crop))
-        for images, labels in DataLoader(data, batch_sampler=[i.tolist() for i in index], num_workers=self.workers, worker_init_fn=seed_worker,
+        for images, labels in DataLoader(data, batch_sampler=[i.tolist() for i in index], num_workers=self.workers, worker_init_fn=one_thread,
                                          generator=self.generators["augment"], pin_memory=self.device == "cuda"):
             yield images.to(self.accelerator.device, non_blocking=True), labels.to(self.accelerator.device, non_blocking=True)
 
@@ -134,22 +133,17 @@ def feed(split: Split, recipe: Recipe, rung: Rung, device: torch.device, workers
         pack, made = DevicePack(split, device), torch.compile(augment, dynamic=False) if rung.compiled else augment
         return endless(lambda: training_batches(pack, recipe, generators, dtype=torch.bfloat16 if rung.bf16 else torch.float32, compiled=made))
     loader = DataLoader(OneByOne(split, torchvision_transform(recipe.augment, recipe.crop)), recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers,
-                        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=seed_worker, generator=generators["sampler"])
+                        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=one_thread, generator=generators["sampler"])
     return ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in endless(lambda: iter(loader)))
 
 
 def timed(step: Callable, batches: Iterator, steps: int, rounds: int, device: torch.device) -> list[float]: # seconds a step, one a round
     "Time whole blocks of steps, waiting for the device at their ends only."
-    def done():
-        if device.type == "cuda": torch.cuda.synchronize()
     def block(n):
         for _ in range(n): step(*next(batches))
-        done()
-    block(3)                                                       # compilation, workers, first pages
-    spent = []
-    for _ in range(rounds):
-        start = time.perf_counter(); block(steps); spent.append((time.perf_counter() - start) / steps)
-    return spent
+    waited(lambda: block(3), device.type)()                        # compilation, workers, first pages
+    times = interleaved({"step": waited(lambda: block(steps), device.type)}, rounds, warmup=0)["step"]
+    return [seconds / steps for seconds in times]
 
 
 def step_flops(recipe: Recipe) -> int: # floating-point operations of one image, forward and backward

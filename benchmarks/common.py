@@ -24,6 +24,15 @@ def interleaved(contenders: dict[str, Callable[[], object]], # name -> what to t
     return seconds
 
 
+def waited(call: Callable[[], object], device: str) -> Callable[[], None]: # device: "cpu" or "cuda"
+    "A call that ends when the device has done it."
+    import torch
+    def run():
+        call()
+        if device != "cpu": torch.cuda.synchronize()
+    return run
+
+
 def ratio(a: list[float], b: list[float]) -> float:
     "Median over rounds of a / b: both were measured in the same round."
     return statistics.median(x / y for x, y in zip(a, b))
