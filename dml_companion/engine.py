@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['KEEP', 'NOISE', 'HARDWARE', 'BUDGET', 'failure_text', 'NotebookFailed', 'broken_cell', 'describe_failure',
            'papermill', 'execute', 'locked', 'check_code', 'trained_files', 'drop_old_claims', 'seal', 'is_front',
-           'follow_front', 'one_gpu', 'thread_limits', 'run_job', 'do_job', 'train_cells', 'note_failure', 'Busy',
-           'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags', 'snakemake_command', 'guarded_snakemake',
-           'job_environment', 'start', 'stop', 'Progress', 'epochs_done', 'last_seconds', 'past_seconds', 'time_left',
-           'look', 'duration', 'tail', 'scheduler_says', 'failures', 'clean_text', 'clean_output', 'machine_folders',
-           'reading_copy', 'manifest', 'readable', 'inside', 'figure_files', 'provenance_of', 'front_page',
-           'refresh_quotes', 'publish', 'among', 'take_over', 'adopt', 'measured', 'Repeated', 'compare',
-           'published_runs', 'repeat', 'repeat_some']
+           'follow_front', 'one_gpu', 'thread_limits', 'run_job', 'do_job', 'run_cells', 'train_cells', 'note_failure',
+           'Busy', 'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags', 'snakemake_command',
+           'guarded_snakemake', 'job_environment', 'start', 'stop', 'Progress', 'epochs_done', 'last_seconds',
+           'past_seconds', 'time_left', 'look', 'duration', 'tail', 'scheduler_says', 'failures', 'clean_text',
+           'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable', 'inside', 'figure_files',
+           'provenance_of', 'front_page', 'refresh_quotes', 'publish', 'among', 'take_over', 'adopt', 'measured',
+           'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
 import json, math, os, random, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -218,20 +218,30 @@ def do_job(job: Job, root: Path) -> None:
     execute(job.notebook, output, job.parameters, root, check=lambda: seal(job, listing, start, root))
 
 
+def run_cells(notebook: str | Path, # the file
+              parameters: dict[str, Any], # set after the cell tagged `parameters`
+              until: str = "", # a tag: the last cell to run; "": all of them
+             ) -> dict[str, Any]: # the names that the cells left
+    "Run a notebook's code cells in this process, without a kernel; nothing is displayed or kept."
+    space = {"display": lambda *shown: None}
+    for cell in code_cells(notebook):
+        exec(compile(cell_code(cell["source"]), Path(notebook).name, "exec"), space)
+        if "parameters" in cell["tags"]: space |= parameters
+        if until in cell["tags"]: break
+    return space
+
+
 def train_cells(job: Job, # of kind "train"
                 root: Path, # the project
                ) -> None:
     "Run a training notebook's cells in this process, up to and including the one tagged `trains`; the trained state is in the run's folder."
     check_code(job, root)
-    space, before = {"display": lambda *shown: None}, Path.cwd()
+    if not any("trains" in cell["tags"] for cell in code_cells(root / job.notebook)):
+        raise ValueError(f"{job.notebook} has no cell with the tag `trains`: tag the one that calls fit")
+    before = Path.cwd()
     os.chdir(root)
-    try:
-        for cell in code_cells(root / job.notebook):
-            exec(compile(cell_code(cell["source"]), job.notebook, "exec"), space)
-            if "parameters" in cell["tags"]: space |= job.parameters
-            if "trains" in cell["tags"]: return
+    try: run_cells(root / job.notebook, job.parameters, until="trains")
     finally: os.chdir(before)
-    raise ValueError(f"{job.notebook} has no cell with the tag `trains`: tag the one that calls fit")
 
 
 def note_failure(job: Job, name: str, what: str, root: Path) -> int: # exit code 1

@@ -3,15 +3,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib
-import pandas as pd
 import pytest
-import torch
 
-from dml_companion import profiles as P, reproduction as R
+from dml_companion import reproduction as R
 from dml_companion.benchmarks import expecting
-from dml_companion.datasets import load
+from dml_companion.engine import run_cells
 from dml_companion.profiles import checked_recipes, load_profile, plan
-from dml_companion.training import Recipe, parameter_groups
+from dml_companion.training import Recipe
 from test_benchmarks import TINY, TREES, grow
 
 ROOT = Path(__file__).parents[1]
@@ -71,11 +69,7 @@ def small(name, **changes):
 def execute(notebook, **parameters):
     "All code cells in one namespace, as papermill would, in this process: the trees are known here only."
     matplotlib.use("Agg")
-    space = {"display": lambda *a: None}
-    for cell in R.code_cells(ROOT / notebook):
-        exec(compile(R.cell_code(cell["source"]), notebook, "exec"), space)
-        if "parameters" in cell["tags"]: space |= parameters
-    return space
+    return run_cells(ROOT / notebook, parameters)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
