@@ -8,7 +8,7 @@ from importlib import import_module
 
 PARTS = ("losses", "memory", "compile", "classes", "retrieval")
 LONG = ("search", "training", "paths")                  # run when named
-OPTIONS = {"search": ("exact", "sizes", "dim", "queries", "rounds", "threads", "embeddings"),
+OPTIONS = {"search": ("exact", "sizes", "dim", "queries", "rounds", "threads", "embeddings", "run"),
            "training": ("encoder", "size", "crop", "batch", "steps", "rounds", "threads", "compile"), "paths": ("data", "seeds", "epochs")}
 RENDERED = ("losses", "compile")                        # can be written anew from what was measured
 
@@ -23,6 +23,7 @@ def main(argv=None) -> None:
     search.add_argument("--sizes", nargs="+", type=int, metavar="N", help="sizes of synthetic galleries")
     for name in ("dim", "queries"): search.add_argument(f"--{name}", type=int, metavar="N")
     search.add_argument("--embeddings", metavar="FILE", help="a .npy of your own embeddings: one gallery more")
+    search.add_argument("--run", metavar="FOLDER", help="a finished run: views of its images, one gallery more")
     training = parser.add_argument_group("training", "the paper's size on a GPU, a small one elsewhere")
     training.add_argument("--encoder", metavar="NAME")
     training.add_argument("--compile", action="store_true", default=None, help="the compiler's rung on a CPU, too")

@@ -5,10 +5,12 @@ vectors the indexes take about ten minutes to build. Say `python -m benchmarks s
 
     python -m benchmarks search --exact 60502 2048 --sizes 20000 100000 1000000 --dim 128 --queries 1000 --rounds 3 --threads 2
     python -m benchmarks search --exact 0 0 --sizes 20000 --embeddings mine.npy        # no exact part; your own embeddings, too
+    python -m benchmarks search --run runs/train/omniglot/cross_entropy/s0-...         # and views of a finished run's images, as many as the largest size
 
 The floor is the product alone, as in `retrieval`. A curve is one index asked at several settings, all queries at once, the
 quickest of the rounds. What exact search does once for a gallery (normalising, looking for equal rows) counts as its building.
 """
+import json
 import statistics
 from pathlib import Path
 
@@ -78,13 +80,49 @@ def curves(gallery: np.ndarray, queries: np.ndarray, data: str, rounds: int, thr
 
 
 def real(file: str, queries: int) -> tuple[np.ndarray, np.ndarray, str]: # gallery, queries, name
-    "Own embeddings: some random rows ask, the others are searched."
+    "Own embeddings."
     stack = open_embeddings(file)
     if len(stack) < 2 * K + queries: raise ValueError(f"{file} has {len(stack)} rows: give more, or fewer --queries than {queries}")
-    x = np.array(stack.read(slice(0, len(stack))), dtype=np.float32)
+    return *asked_apart(np.array(stack.read(slice(0, len(stack))), dtype=np.float32), queries), Path(file).stem
+
+
+def views(run: str | Path, count: int, block: int = 2048) -> tuple[np.ndarray, str]: # (count, d), name
+    "Embeddings of real images by a finished run's encoder: the images as they are, then randomly augmented as in its training, over and over."
+    from dml_companion.datasets import load
+    from dml_companion.device import augment, draw_table
+    from dml_companion.encoders import build_encoder
+    from dml_companion.training import Recipe, unsealed
+    run = Path(run)
+    for name in ("record.json", "checkpoint.pt"):
+        if not (run / name).is_file(): raise ValueError(f"{run} has no {name}: give the folder of a finished run, runs/train/<data set>/<row>/s<seed>-...")
+    recipe = Recipe(**json.loads((run / "record.json").read_text())["recipe"])
+    data = load(recipe.dataset, size=recipe.size, **recipe.data_options)
+    images = torch.cat([split.batch(np.arange(len(split))) for split in (data.train, data.query)])
+    encoder = build_encoder(recipe.encoder, in_channels=images.shape[1], size=images.shape[-1], dim=recipe.dim, norm=recipe.norm, crop=recipe.crop, **recipe.encoder_options)
+    encoder.load_state_dict(unsealed(run / "checkpoint.pt")["encoder"])
+    encoder.eval()
+    out, generator = np.empty((count, encoder.dim), np.float32), torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for rows in chunks(count, block):
+            number = torch.arange(rows.start, rows.stop)
+            pixels = images[number % len(images)]
+            varied = augment(pixels, draw_table(len(pixels), pixels.shape[-2:], recipe.augment, generator), recipe.augment)
+            plain = (number < len(images))[:, None, None, None]
+            out[rows] = encoder(torch.where(plain, pixels / 255, varied.clamp(0, 1))).numpy()
+    return out, f"views of {recipe.dataset}"
+
+
+def real_views(run: str | Path, count: int, queries: int) -> tuple[np.ndarray, np.ndarray, str]: # gallery, queries, name
+    "Views, some of which ask."
+    x, name = views(run, count + queries)
+    return *asked_apart(x, queries), name
+
+
+def asked_apart(x: np.ndarray, queries: int) -> tuple[np.ndarray, np.ndarray]: # gallery, queries
+    "Some random rows ask, the others are searched."
     asks = np.zeros(len(x), dtype=bool)
     asks[np.random.default_rng(0).choice(len(x), queries, replace=False)] = True
-    return x[~asks], x[asks], Path(file).stem
+    return x[~asks], x[asks]
 
 
 def verdicts(table) -> list[dict]:
@@ -125,7 +163,8 @@ def markdown(table, exact) -> str:
         base = "; ".join(f"{r.data}, {r.n:,} x {r.d}: {1e3 * r.seconds:.3g} ms a query after {r.build_seconds:.2g} s" for r in own.itertuples())
         parts += [f"**What recall {WANTED} of the {K} nearest costs, cosine**", pipe_table(head, lines),
                   f"Exact search: {base}. Recalls are rounded; every setting is in search.csv. A setting is nprobe or ef_search; refined: 4 x {K} candidates "
-                  "sorted by true distances. Synthetic data are those of notebook 03b: classes of ten, 16 directions that matter."]
+                  "sorted by true distances. Synthetic data are those of notebook 03b: classes of ten, 16 directions that matter. Views of a data set are real: all "
+                  "its images as a trained encoder sees them, then augmented as in its training, over and over; rows at random ask."]
         options = table[table.built != ""].drop_duplicates(["data", "n", "built"])
         parts += ["\n".join(f"- {r['data']}, {r['n']:,}, {r['index']}: {r['built']}" for r in options.to_dict("records"))]
     return "\n\n".join([*parts, "\n".join(machine_lines())])
@@ -161,6 +200,7 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
          rounds: int = 3,
          threads: int = 2, # of torch and faiss
          embeddings: str | None = None, # a .npy (.npz, folder): one gallery more
+         run: str | None = None, # folder of a finished run: views of its images, as many as the largest size
         ) -> None:
     "Measure and write search.{csv,md,svg,png} and search_exact.csv, again after every gallery."
     import pandas as pd
@@ -172,9 +212,11 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
         alone = pd.DataFrame([row for device in devices for row in measure_exact(*exact, rounds, device)])
         if len(alone): alone.to_csv(folder / "search_exact.csv", index=False, float_format="%.4g")
         if len(alone): write_text(folder / "search.md", markdown(pd.DataFrame(), alone))
-        for size in (*sizes, *([None] if embeddings else [])):
-            both = synthetic_embeddings(size + queries, dim) if size else None
-            gallery, asked, name = (both[:size], both[size:], "synthetic") if size else real(embeddings, queries)
+        galleries = [lambda size=size: (*np.split(synthetic_embeddings(size + queries, dim), [size]), "synthetic") for size in sizes]
+        if embeddings: galleries.append(lambda: real(embeddings, queries))
+        if run: galleries.append(lambda: real_views(run, max(sizes), queries))
+        for make in galleries:
+            gallery, asked, name = make()
             rows += curves(gallery, asked, name, rounds, threads)
             table = pd.DataFrame(rows)
             save_figure(draw(table), "search", folder, data=table)
