@@ -21,12 +21,13 @@ from .datasets import (FOLDER_HELP, GROCERY_HELP, MAX_RATIO, OMNIGLOT_HELP, BadA
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'ARCHIVES', 'CUB', 'SOP', 'LAYOUTS', 'FOLDERS', 'FACTS', 'ANNOTATION', 'TRAIN', 'QUERY', 'GALLERY',
-           'PACKED_AS', 'Counts', 'WrongData', 'expecting', 'Part', 'packed', 'Facts', 'Found', 'look', 'find',
-           'Listing', 'unsafe_tar_member', 'tar_members', 'unpack', 'kept_listing', 'keep_listing', 'tar_files',
+           'CANVAS', 'PACKED_AS', 'Counts', 'WrongData', 'expecting', 'Part', 'packed', 'Facts', 'Found', 'look',
+           'find', 'Listing', 'unsafe_tar_member', 'tar_members', 'unpack', 'kept_listing', 'keep_listing', 'tar_files',
            'Place', 'folder_place', 'archive_place', 'place', 'joined', 'Census', 'counts', 'check', 'squeezed',
-           'pack_census', 'rows', 'number', 'cub', 'read_mat', 'car_rows', 'car_models', 'cars_census', 'cars196',
-           'sop', 'inshop_census', 'inshop', 'NotPrepared', 'packs_on_disk', 'remove_pack', 'standing_pack', 'watching',
-           'Prepared', 'prepare', 'verify', 'Line', 'inventory', 'pack_bytes', 'card']
+           'laid_out', 'published', 'framed', 'pack_census', 'rows', 'number', 'cub', 'read_mat', 'car_rows',
+           'car_models', 'cars_census', 'cars196', 'sop', 'inshop_census', 'inshop', 'NotPrepared', 'packs_on_disk',
+           'remove_pack', 'standing_pack', 'watching', 'Prepared', 'prepare', 'verify', 'Line', 'inventory',
+           'pack_bytes', 'card']
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c05
 class Counts(NamedTuple):
@@ -350,19 +351,55 @@ def squeezed(files: Files, size: int) -> Files:
         return out.getvalue()
     return files._replace(read=read)
 
+CANVAS = 2 # side of the square around an uncut picture, in short sides; what is longer is cut there
+
+def laid_out(width: int, height: int, # of a picture
+             size: int, # of its short side, scaled
+            ) -> tuple[tuple[int, int], tuple[int, int, int, int]]: # scaled width and height; frame: left, top, width, height
+    "A picture in the middle of its square, so that torchvision's centre crop of the one is the centre crop of the other."
+    scaled = (size, size * height // width) if width <= height else (size * width // height, size)
+    side = CANVAS * size
+    start = [side // 2 - round(n / 2) for n in scaled]                 # below 0: longer than the square
+    return scaled, (*(max(0, p) for p in start), *(min(side, p + n) - max(0, p) for p, n in zip(start, scaled)))
+
+def published(files: Files, size: int, stretch: bool) -> Files:
+    "The same files, each as torchvision's Resize makes it (bilinear, antialiased): squeezed, or uncut in a black square."
+    def read(name):
+        image, out = Image.open(io.BytesIO(files.read(name))).convert("RGB"), io.BytesIO()
+        scaled = (size, size) if stretch else laid_out(*image.size, size)[0]
+        shrunk = image.resize(scaled, Image.Resampling.BILINEAR)
+        square = shrunk if stretch else Image.new("RGB", (CANVAS * size, CANVAS * size))
+        if not stretch: square.paste(shrunk, tuple(size * CANVAS // 2 - round(n / 2) for n in scaled))
+        square.save(out, "PPM")
+        return out.getvalue()
+    return files._replace(read=read)
+
+def framed(files: Files, # the originals
+           names: Sequence[str],
+           size: int, # of the short side, scaled
+          ) -> Callable[[int], tuple[int, int, int, int]]: # number of an image -> its frame, from the head of its file
+    "Where the picture of each image lies in its square."
+    return lambda i: laid_out(*Image.open(io.BytesIO(files.read(names[i]))).size, size)[1]
+
 def pack_census(name: str, census: Census, size: int, cache: str | Path | None, progress: bool, stretch: bool,
+                official: bool = False, # pixels as the paper's code makes them
                 **info: Any # more facts for `Dataset.info`
                ) -> Sides:
     "From annotations to an open pack: checked, decoded once, digest independent of how the files lay."
-    if not isinstance(stretch, bool): raise ValueError(f"stretch must be True or False, got {stretch!r}")
+    for option, value in dict(stretch=stretch, official=official).items():
+        if not isinstance(value, bool): raise ValueError(f"{option} must be True or False, got {value!r}")
+    if official and stretch == (name == "cub"):
+        raise ValueError(f"{name} with official=True has the paper's shape, stretch={not stretch}: leave stretch out, or official")
     files = check(name, census)
-    about = sha256_json([files.fingerprint, census.names, census.labels.tolist(), census.class_names, stretch])
-    images = squeezed(files, size) if stretch else files
-    source = Source(name, about, (3, size, size), census.labels, census.class_names,
-                    lambda i: read_image(images, census.names[i], size))
+    about = sha256_json([files.fingerprint, census.names, census.labels.tolist(), census.class_names, stretch, *["official"] * official])
+    images = published(files, size, stretch) if official else squeezed(files, size) if stretch else files
+    uncut = official and not stretch
+    side = CANVAS * size if uncut else size
+    source = Source(name, about, (3, side, side), census.labels, census.class_names, lambda i: read_image(images, census.names[i], side),
+                    framed(files, census.names, size) if uncut else None)
     pack = datasets.ensure_pack(source, cache, progress)
     train, query, gallery = (np.flatnonzero(census.side == s) for s in (TRAIN, QUERY, GALLERY))
-    facts = dict(source=FACTS[name].page, licence=FACTS[name].licence, size=size, stretch=stretch)
+    facts = dict(source=FACTS[name].page, licence=FACTS[name].licence, size=size, stretch=stretch, official=official)
     return Sides(pack, train, query, gallery if len(gallery) else None, True, facts | info)
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c23
@@ -389,6 +426,7 @@ def number(text: str, what: str, low: int, high: int) -> int:
 @dataset("cub", "birds: 100 species to train on, 100 unseen (CUB-200-2011); fetch it", 256)
 def cub(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
         stretch: bool = False, # squeeze images into a square; False: scale the short side, crop the centre
+        official: bool = False, # pixels as the paper's code makes them
        ) -> Sides:
     "CUB-200-2011 from its folder or archive: the first half of the classes trains, the second is unseen."
     at = place(find("cub", root)[0], CUB, cache, progress)
@@ -401,7 +439,7 @@ def cub(root: Path | None, size: int, cache: str | Path | None, progress: bool, 
     y = np.array([number(labels[i], f"cub: class of image {i}", 1, len(classes)) - 1 for i in paths], dtype=np.int64)
     side = np.where(y < OFFICIAL["cub"].train_classes, TRAIN, QUERY)
     census = Census(at, [f"images/{p}" for p in paths.values()], y, [c for _, c in classes], side)
-    return pack_census("cub", census, size, cache, progress, stretch)
+    return pack_census("cub", census, size, cache, progress, stretch, official)
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c27
 def read_mat(place: Place, name: str) -> dict[str, Any]: # variables as plain Python values
@@ -457,16 +495,18 @@ def cars_census(root: Path | None, cache: str | Path | None, progress: bool) -> 
 @dataset("cars196", "cars: 98 models to train on, 98 unseen (Stanford Cars); fetch it", 256)
 def cars196(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
             stretch: bool = True, # squeeze images into a square, as the official code does; False: centre crop
+            official: bool = False, # pixels as the paper's code makes them
            ) -> Sides:
     "Cars196 from either official layout: the first half of the classes trains, the second is unseen."
     census = cars_census(root, cache, progress)
     layout = "devkit" if census.names[0].startswith("cars_train/") else "car_ims"
-    return pack_census("cars196", census, size, cache, progress, stretch, layout=layout)
+    return pack_census("cars196", census, size, cache, progress, stretch, official, layout=layout)
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c30
 @dataset("sop", "online products: 11,318 to train on, 11,316 unseen (Stanford Online Products); fetch it", 256)
 def sop(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
         stretch: bool = True, # squeeze images into a square, as the official code does; False: centre crop
+        official: bool = False, # pixels as the paper's code makes them
        ) -> Sides:
     "Stanford Online Products from its folder or archive, with its own two lists."
     at = place(find("sop", root)[0], SOP, cache, progress)
@@ -477,7 +517,7 @@ def sop(root: Path | None, size: int, cache: str | Path | None, progress: bool, 
     y = np.array([order[c] for side in sides for _, c, _, _ in side], dtype=np.int64)
     census = Census(at, [r[3] for side in sides for r in side], y, list(first.values()),
                     np.repeat([TRAIN, QUERY], [len(side) for side in sides]))
-    return pack_census("sop", census, size, cache, progress, stretch)
+    return pack_census("sop", census, size, cache, progress, stretch, official)
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c33
 def inshop_census(root: Path | None, cache: str | Path | None, progress: bool) -> Census:
@@ -500,9 +540,10 @@ def inshop_census(root: Path | None, cache: str | Path | None, progress: bool) -
 @dataset("inshop", "clothes: 3,997 garments to train on, 3,985 unseen, with a gallery (In-Shop); fetch it", 256)
 def inshop(root: Path | None, size: int, cache: str | Path | None, progress: bool, # as in `load`
            stretch: bool = True, # squeeze images into a square, as the official code does; False: centre crop
+           official: bool = False, # pixels as the paper's code makes them
           ) -> Sides:
     "In-Shop Clothes Retrieval from its official folders or img.zip, with query and gallery."
-    return pack_census("inshop", inshop_census(root, cache, progress), size, cache, progress, stretch)
+    return pack_census("inshop", inshop_census(root, cache, progress), size, cache, progress, stretch, official)
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c38
 class NotPrepared(MissingData):

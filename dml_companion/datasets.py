@@ -53,11 +53,14 @@ class Split:
     images: Any # (n, c, h, w) uint8: array, memory map or `Rows`
     labels: np.ndarray # (n,) int64, 0 .. num_classes-1, every class has an image
     class_names: list[str] # one for each label
+    frames: np.ndarray | None = None # (n, 4) whole numbers, left, top, width, height: where the picture lies in its square; None: it fills it
 
     def __post_init__(self):
         labels = np.ascontiguousarray(self.labels, dtype=np.int64)
         object.__setattr__(self, "labels", labels)
         if len(labels) != len(self.images): raise ValueError(f"{len(self.images)} images but {len(labels)} labels")
+        if self.frames is not None and np.shape(self.frames) != (len(labels), 4):
+            raise ValueError(f"frames are {len(labels)} rows of left, top, width, height, got shape {np.shape(self.frames)}")
         found = np.unique(labels)
         if not np.array_equal(found, np.arange(len(self.class_names))):
             raise ValueError(f"labels must be 0..{len(self.class_names) - 1}, each present, one for each of the "
@@ -115,7 +118,8 @@ def take_classes(split: Split,
     keep = np.flatnonzero(np.isin(split.labels, classes))
     old, labels = np.unique(split.labels[keep], return_inverse=True)
     rows = split.images if isinstance(split.images, Rows) else Rows(split.images, np.arange(len(split)))
-    return Split(Rows(rows.store, rows.index[keep]), labels, [split.class_names[c] for c in old])
+    frames = None if split.frames is None else split.frames[keep]
+    return Split(Rows(rows.store, rows.index[keep]), labels, [split.class_names[c] for c in old], frames)
 
 def holdout_classes(split: Split, # usually the training split
                     fraction: float, # of the classes to hold out, 0 < fraction < 1
@@ -150,6 +154,7 @@ class Source(NamedTuple):
     labels: Sequence[int] # (n,) class of each row
     class_names: list[str]
     read: Callable[[int], np.ndarray] # row number -> (c, h, w) uint8; called from several threads
+    frame: Callable[[int], tuple[int, int, int, int]] | None = None # row number -> where the picture lies, as in `Split`
 
 class Pack(NamedTuple):
     "An open pack: arrays that live on disk."
@@ -158,6 +163,7 @@ class Pack(NamedTuple):
     hashes: np.ndarray # (n, 32) uint8: sha256 of each image
     class_names: list[str]
     folder: Path
+    frames: np.ndarray | None = None # (n, 4) int64, as in `Split`
 
 class BrokenPack(ValueError):
     "A pack that is incomplete or does not hold what its meta.json says."
@@ -183,7 +189,7 @@ def mark_rows(folder: Path, rows: int) -> None:
     os.replace(folder / "rows.partial", folder / "rows")
 
 def write_pack(source: Source,
-               folder: Path, # must exist; filled with images.npy, labels.npy, hashes.npy and, last, meta.json
+               folder: Path, # must exist; filled with images.npy, labels.npy, hashes.npy, perhaps frames.npy and, last, meta.json
                progress: bool = True,
               ) -> None:
     "Decode every image of a source once, in order, in threads, and write a pack's files; goes on where it was killed."
@@ -209,6 +215,7 @@ def write_pack(source: Source,
         except BaseException: pool.shutdown(cancel_futures=True); raise
     np.save(folder / "labels.npy", np.asarray(source.labels, dtype=np.int64))
     np.save(folder / "hashes.npy", hashes)
+    if source.frame: np.save(folder / "frames.npy", np.array([source.frame(i) for i in range(n)], dtype=np.int64).reshape(n, 4))
     meta = dict(format=PACK_FORMAT, name=source.name, shape=[n, *source.shape], class_names=source.class_names,
                 fingerprint=source.fingerprint, files=file_facts(folder))
     (folder / "meta.json").write_text(json.dumps(meta | {"sha256": sha256_json(meta)}, ensure_ascii=False), "utf-8")
@@ -217,7 +224,8 @@ def write_pack(source: Source,
 def file_facts(folder: Path) -> dict: # {file name: [bytes, sha256 or None]}
     "Sizes of a pack's files, and digests of the small ones (the images have one hash each in hashes.npy)."
     small = lambda p: hashlib.sha256(p.read_bytes()).hexdigest() if p.name != "images.npy" else None
-    return {p.name: [p.stat().st_size, small(p)] for p in (folder / f"{n}.npy" for n in ("images", "labels", "hashes"))}
+    names = ["images", "labels", "hashes", *(["frames"] if (folder / "frames.npy").exists() else [])]
+    return {p.name: [p.stat().st_size, small(p)] for p in (folder / f"{n}.npy" for n in names)}
 
 # %% ../nbs/01_foundations/01_datasets.ipynb #c19
 def open_pack(folder: Path) -> Pack:
@@ -227,14 +235,15 @@ def open_pack(folder: Path) -> Pack:
         if meta.pop("sha256", None) != sha256_json(meta): raise BrokenPack(f"{folder}: meta.json was changed or cut")
         if meta["format"] != PACK_FORMAT: raise BrokenPack(f"{folder}: format {meta['format']}, expected {PACK_FORMAT}")
         facts = file_facts(folder)
-        for n in facts:
+        for n in meta["files"]:
             if facts[n] != meta["files"][n]: raise BrokenPack(f"{folder}: {n} is not the file that was written")
         images = np.asarray(np.load(folder / "images.npy", mmap_mode="r"))
         labels, hashes = np.load(folder / "labels.npy"), np.load(folder / "hashes.npy")
+        frames = np.load(folder / "frames.npy") if "frames.npy" in meta["files"] else None
         if list(images.shape) != meta["shape"]: raise BrokenPack(f"{folder}: images have shape {images.shape}")
     except BrokenPack: raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e: raise BrokenPack(f"{folder}: {e!r}") from e
-    pack = Pack(images, labels, hashes, meta["class_names"], folder)
+    pack = Pack(images, labels, hashes, meta["class_names"], folder, frames)
     verify_pack(pack, np.linspace(0, len(images) - 1, 16).astype(int))
     return pack
 
@@ -301,17 +310,18 @@ def view(pack: Pack, rows: np.ndarray, # row numbers
         ) -> Split:
     "Rows of a pack as a split, labels re-numbered 0..K-1 in the order of the pack's classes."
     old, labels = np.unique(pack.labels[rows], return_inverse=True)
-    return Split(Rows(pack.images, rows), labels, [pack.class_names[c] for c in old])
+    return Split(Rows(pack.images, rows), labels, [pack.class_names[c] for c in old], None if pack.frames is None else pack.frames[rows])
 
 def content_digest(splits: Sequence[tuple[np.ndarray, Split] | None], # (image hashes, split); None: no gallery
                   ) -> str: # sha256, hex
-    "Digest of the contents of splits: image hashes, labels and class names, in order."
+    "Digest of the contents of splits: image hashes, labels, class names and frames, in order."
     h = hashlib.sha256()
     for s in splits:
         if s is None: h.update(b"none"); continue
         hashes, split = s
         h.update(sha256_json([list(split.images.shape), split.class_names]).encode())
         h.update(np.ascontiguousarray(hashes)); h.update(split.labels.astype("<i8"))
+        if split.frames is not None: h.update(split.frames.astype("<i8"))
     return h.hexdigest()
 
 def limit(pack: Pack, rows: np.ndarray, max_classes: int | None) -> np.ndarray:

@@ -333,6 +333,6 @@ def embed(encoder: nn.Module, # `Encoder`, or a wrapped one
             batch = take(np.arange(s, min(s + batch_size, len(images))))
             if batch.is_floating_point() and batch.max() > 1.5:
                 raise ValueError(f"float images must lie in [0, 1], got {batch.max():.4g}: divide by 255 or give uint8")
-            out.append(encoder(batch.to(device)).float().cpu())
+            out.append(encoder(batch.to(device)).float())  # stays there: the next batch is read meanwhile
     finally: encoder.train(mode)
-    return torch.cat(out)
+    return torch.cat(out).cpu()

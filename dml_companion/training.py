@@ -374,7 +374,7 @@ def random_states(generators: dict[str, torch.Generator], # the run's own genera
                  ) -> dict: # plain data, loadable with weights_only=True
     "All random states that a run can depend on."
     name, keys, *rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    return dict(torch=torch.get_rng_state(), cuda=[torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
                 python=random.getstate(), numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest],
                 own={k: g.get_state() for k, g in generators.items()})
 
@@ -383,7 +383,7 @@ def restore_random_states(states: dict, # from `random_states`
                          ) -> None:
     "Put every source of randomness back where `random_states` found it."
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state(states["cuda"][0])    # of the run's own GPU
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = states["numpy"]
@@ -522,7 +522,7 @@ def monitor(encoder: Encoder, # any device
             device: str, # where to embed
            ) -> dict[str, float]: # recall@1 and the mean length of the mean direction
     "Recall@1 (cosine) on a split, and how far its embeddings have collapsed into one direction (0: none, 1: all)."
-    z = embed(encoder, split, device=device)
+    z = embed(encoder, split, device=device).to(device)
     unit = F.normalize(z)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                    # classes with one image are counted at the final evaluation
@@ -540,6 +540,9 @@ def check_fit(recipe: Recipe, # what to do
     channels, height, width = train.batch(np.arange(1)).shape[1:]
     if recipe.crop and recipe.crop > min(height, width):
         raise ValueError(f"crop {recipe.crop} is larger than the images, {height} x {width}: lower it, or set a larger size")
+    if train.frames is not None and (recipe.pipeline != "device" or not recipe.crop or recipe.crop > train.frames[:, 2:].min()):
+        raise ValueError(f"{data.name} pictures lie uncut in black squares, their short sides {train.frames[:, 2:].min()} pixels or more: "
+                         "set pipeline = device and a crop of at most that, or leave out the data option `official`")
     if recipe.augment.flip and not data.flip:
         raise ValueError(f"augment.flip changes the label of {data.name} images (a mirrored letter is another "
                          "letter): set flip = False")
@@ -768,10 +771,10 @@ class Run:
         "Unwrap the modules and sum the run up."
         unwrap = self.accelerator.unwrap_model
         encoder = unwrap(self.encoder, keep_fp32_wrapper=False).cpu().eval()
-        images = sum(e.get("iterations", 0) for e in self.history) * self.recipe.batch_size
+        rates = [e["iterations"] * self.recipe.batch_size / e["seconds"] for e in self.history if e.get("seconds")]
         summary = dict(device=self.device, gpu=torch.cuda.get_device_name() if self.device == "cuda" else None,
                        epochs=self.epoch, seconds=self.seconds,
-                       images_per_second=images / self.seconds if self.seconds else None,
+                       images_per_second=float(np.median(rates)) if rates else None,    # a first epoch may compile
                        best_epoch=self.best and self.best["epoch"],
                        parameters=sum(p.numel() for p in encoder.parameters()), train_images=len(self.train),
                        train_classes=self.train.num_classes,

@@ -10,7 +10,7 @@ import dml_companion.benchmarks as B
 import dml_companion.datasets as D
 from dml_companion.benchmarks import Counts, WrongData, expecting, inventory, prepare, tar_files, verify
 from dml_companion.cli import app
-from dml_companion.datasets import BadArchive, BrokenImage, BrokenPack, MissingData, load
+from dml_companion.datasets import BadArchive, BrokenImage, BrokenPack, MissingData, holdout_classes, load, open_pack
 
 CUBE = "CUB_200_2011/"
 
@@ -463,6 +463,46 @@ def test_squeezed_or_cropped(tmp_path):
     assert opened("cub", root).info["stretch"] is False and opened("cars196", grow(tmp_path / "c", cars_tree())).info["stretch"] is True
     with pytest.raises(ValueError, match="stretch must be True or False, got 'yes'"): opened("cub", root, stretch="yes")
     with pytest.raises(ValueError, match="did you mean 'stretch'"): opened("cub", root, strech=True)
+
+def test_official_pixels_are_torchvision_s(tmp_path):
+    "Squeezed or framed: what the centre crop sees, and for CUB the whole picture, is Resize's to the bit."
+    from torchvision.transforms import CenterCrop, Resize
+    shapes = [(53, 40), (40, 61), (47, 47), (33, 65), (90, 31), (16, 17), (20, 39)]
+    for name in TREES:
+        tree, pictures, rng = TREES[name](), {}, np.random.default_rng(0)
+        for i, n in enumerate(n for n in tree if n.lower().endswith(".jpg")):
+            pictures[n], out = Image.fromarray(rng.integers(0, 256, (*shapes[i % 7], 3), dtype=np.uint8)), io.BytesIO()
+            pictures[n].save(out, "PNG"); tree[n] = out.getvalue()
+        data = opened(name, grow(tmp_path / name, tree), official=True)
+        seen = {k.tobytes() for s in (data.train, data.query, data.gallery) if s is not None for k in s.images[:]}
+        if name != "cub":
+            assert seen == {np.asarray(Resize((16, 16))(p)).transpose(2, 0, 1).tobytes() for p in pictures.values()} and data.train.frames is None
+            continue
+        assert data.train.images.shape[1:] == (3, 32, 32)
+        middle, whole = set(), set()
+        for split in (data.train, data.query):
+            for image, (left, top, w, h) in zip(split.images[:], split.frames.tolist()):
+                middle.add(image[:, 10:22, 10:22].tobytes()); whole.add(image[:, top:top + h, left:left + w].tobytes())
+                assert min(w, h) == 16 and image.sum(dtype=int) == image[:, top:top + h, left:left + w].sum(dtype=int)
+        large = [Resize(16)(p) for p in pictures.values()]
+        assert middle == {np.asarray(CenterCrop(12)(p)).transpose(2, 0, 1).tobytes() for p in large}
+        assert whole >= {np.asarray(p).transpose(2, 0, 1).tobytes() for p in large if max(p.size) <= 32}
+        assert sum(max(p.size) > 32 for p in large) and np.concatenate([data.train.frames, data.query.frames])[:, 2:].max() == 32
+
+def test_official_is_another_pack_and_says_so(tmp_path):
+    root = grow(tmp_path, cub_tree())
+    plain, official = opened("cub", root), opened("cub", root, official=True)
+    assert plain.digest != official.digest and plain.train.frames is None and official.info["official"] is True and len(entries(root / "packs")) == 2
+    held = holdout_classes(official.train, .5)[1]
+    rows = np.isin(official.train.labels, [official.train.class_names.index(c) for c in held.class_names])
+    assert np.array_equal(held.frames, official.train.frames[rows]) and opened("cub", root, official=True).digest == official.digest
+    with pytest.raises(ValueError, match="leave stretch out"): opened("cub", root, official=True, stretch=True)
+    with pytest.raises(ValueError, match="official must be True or False, got 1"): opened("cub", root, official=1)
+    folder = next(f for f in (root / "packs").iterdir() if f.name.startswith("cub-32px"))
+    np.save(folder / "frames.npy", np.zeros((3, 4)))
+    with pytest.raises(BrokenPack, match="frames.npy is not the file"): open_pack(folder)
+    (folder / "frames.npy").unlink()
+    with pytest.raises(BrokenPack, match="frames.npy"): open_pack(folder)
 
 def test_digests_do_not_move(tmp_path):
     "Flat colours decode alike everywhere: another digest here means that results can no longer be compared."

@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import InterpolationMode, functional as V
 
 from dml_companion.datasets import Split, load
-from dml_companion.device import (BOX, FACTORS, FLIP, ORDER, AFFINE, DevicePack, augment, by_grid, by_matrices, central_box, checked, draw_boxes,
+from dml_companion.device import (BOX, COVER, FACTORS, FLIP, ORDER, AFFINE, DevicePack, augment, by_grid, by_matrices, central_box, checked, draw_boxes,
                                   draw_table, free_bytes, jitter, normalisation, resample, stretch, training_batches, waits)
 from dml_companion.training import Augment, Recipe, affine_batch, augment_batch, crop_boxes
 
@@ -184,6 +184,35 @@ def test_boxes_are_the_loop_s(seed, side, scale, ratio):
     assert boxes.tolist() == [box_naive(row, side, scale, ratio) for row in u.tolist()]
     left, top, width, height = boxes.T
     assert (boxes >= 0).all() and (left + width <= side[1]).all() and (top + height <= side[0]).all() and (width > 0).all()
+
+
+def test_each_image_has_its_own_frame():
+    "Boxes in frames of three shapes are those of pictures of these shapes, moved to where the frame begins."
+    frames = torch.tensor([[3, 20, 60, 30], [25, 2, 20, 60], [10, 10, 44, 44]])[torch.arange(300) % 3]
+    for config, crop in ((Augment(crop_scale=(.3, 1.), crop_ratio=(1., 1.)), None), (Augment(), 20), (Augment(), None)):
+        boxes = draw_table(300, (64, 64), config, gen(3), crop, frames)[:, BOX]
+        for k in range(3):
+            left, top, w, h = frames[k].tolist()
+            alone = draw_table(300, (h, w), config, gen(3), crop)[k::3, BOX] + torch.tensor([left, top, 0, 0])
+            assert torch.equal(boxes[k::3], alone)
+    table = draw_table(300, (64, 64), Augment(translate=.5), gen(3), frames=frames)
+    assert torch.equal(table[:, COVER], (frames[:, 2] * frames[:, 3] / 4096).float()) and (draw_table(9, (8, 8), Augment(), gen())[:, COVER] == 1).all()
+    assert table[1::3, 6].abs().max() < 10 < table[::3, 6].abs().max() < 30
+    with pytest.raises(ValueError, match="crop 21 is larger than the images, 30 x 20"): draw_table(300, (64, 64), Augment(), gen(), 21, frames)
+
+
+def test_frames_reach_the_batches():
+    "An epoch over framed pictures never shows the black around them, and in order the frames follow their pictures."
+    rng, frames = np.random.default_rng(0), np.array([[0, 8, 32, 16], [8, 0, 16, 32], [4, 8, 24, 16]])[np.arange(24) % 3]
+    images = np.zeros((24, 3, 32, 32), np.uint8)
+    for image, (left, top, w, h) in zip(images, frames): image[:, top:top + h, left:left + w] = rng.integers(100, 256, (3, h, w))
+    split = Split(images, np.arange(24) % 4, list("abcd"), frames)
+    recipe = Recipe(batch_size=8, pipeline="device", crop=16, augment=Augment(crop_scale=(.2, 1.), flip=True))
+    for _ in range(3):
+        for batch, _ in training_batches(DevicePack(split, "cpu"), recipe, dict(sampler=gen(1), augment=gen(2))): assert batch.min() > .38
+    bare = Split(images, split.labels, split.class_names)
+    assert min(batch.min() for batch, _ in training_batches(DevicePack(bare, "cpu"), recipe, dict(sampler=gen(1), augment=gen(2)))) < .1
+    with pytest.raises(ValueError, match="24 rows of left, top, width, height, got shape"): Split(images, split.labels, split.class_names, frames[:5])
 
 
 @pytest.mark.parametrize("side, ratio", [((30, 90), (3/4, 4/3)), ((90, 30), (3/4, 4/3)), ((50, 50), (3/4, 4/3)), ((50, 50), (2., 3.))])
@@ -366,7 +395,7 @@ def test_a_picture_does_not_depend_on_its_neighbours():
 def test_wrong_batches_are_refused():
     x, table = pictures(4, 16, 16), draw_table(4, (16, 16), CARS, gen())
     for images, rows in ((x.float(), table), (x[0], table), (x, table[:3]), (x, table[:, :17])):
-        with pytest.raises(ValueError, match="b rows of 18 numbers"): augment(images, rows, CARS)
+        with pytest.raises(ValueError, match="b rows of 19 numbers"): augment(images, rows, CARS)
     for mean, std in (((.5,), (0.,)), ((.5, .5), (.2,)), ((.5,), (-1.,))):
         with pytest.raises(ValueError, match="std > 0"): normalisation(mean, std)
 

@@ -18,7 +18,7 @@ COMMANDS = { # README of the paper's code
     "sop": dict(epochs=100, lr=.003, momentum=.99, nesterov=True, norm="batch"), "inshop": dict(epochs=100, lr=.003, momentum=.99, nesterov=True, norm="batch")}
 DEFAULTS = dict(encoder="resnet50", pretrained=True, freeze_bn=True, dim=None, dropout=.5, optimizer="sgd", weight_decay=5e-4, schedule="warmcos", warmup=100,
                 batch_size=128, sampler="random", size=256, crop=224, objective="cross_entropy", objective_options={"label_smoothing": .1, "smoothing": "paper"},
-                classifier_lr=1., clip=None, encoder_options={}, data_options={})
+                classifier_lr=1., clip=None, encoder_options={}, data_options={"official": True})
 JITTER = {"cub": (.25, .25, .25, 0), "cars196": (.3, .3, .3, .1)}
 
 
@@ -84,6 +84,7 @@ def test_a_run_and_its_table(name, trees, tmp_path, monkeypatch):
     room = len(ran["query"]) - 1 if ran["gallery"] is None else len(ran["gallery"])
     assert known == {k for k in {"sop": (1, 10, 100, 1000), "inshop": (1, 10, 20, 30, 40, 50)}.get(name, (1, 2, 4, 8, 16, 32)) if k <= room}
     assert "best_on_test/cosine/recall@1" in record.metrics and record.recipe["pipeline"] == "device" and ran["run"].encoder.crop == 32
+    assert (ran["benchmark"].train.frames is not None) == (name == "cub") and record.recipe["data_options"] == {"official": True}
     table = execute("nbs/04_experiments/31c_paper_and_ours.ipynb", records=paths, figures=str(tmp_path / "figures"))["table"]
     full = {"cub": "CUB-200-2011", "cars196": "Cars196", "sop": "SOP", "inshop": "In-Shop"}[name]
     mine, others = table[table.benchmark == full], table[table.benchmark != full]

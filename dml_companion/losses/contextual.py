@@ -181,7 +181,7 @@ def contextual_similarity(similarities: Tensor, # (n, n) cosines
     n, nearness = len(similarities), -(2 - 2 * similarities).clamp_min(0)
     k, held = min(neighbours, n), (Tensor.detach if step == "straight_through" else lambda x: x)
     best = held(nearness.topk(k, 1).values)
-    near, nearest = (STEPS[step](nearness + slack - best[:, [j]]) for j in (k - 1, max(k // 2, 1) - 1))
+    near, nearest = (STEPS[step](nearness + slack - best[:, j, None]) for j in (k - 1, max(k // 2, 1) - 1))
     shared, size = near @ near.T, near.sum(1)
     apart = n - size[:, None] - size + shared
     both = shared / held(size)[:, None] + apart / held(n - size).clamp_min(1)[:, None]

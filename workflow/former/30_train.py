@@ -1,4 +1,4 @@
-# stands for e0cbd1d1b00516e4b0121191adad0f111238950ff6e72916c00e430dd6be9e1b
+# stands for 71e2ebc4761f81da94895aa25d0d96a4eac505868ce2e0eb96ba63d8223a5a32
 from functools import partial
 import io, warnings
 

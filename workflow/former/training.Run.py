@@ -1,4 +1,4 @@
-# stands for 514fa5918f5c900c46c23ffb8329f19b88b32499123520b4013e7065f75f80b6
+# stands for 0c9db06db65668c24908e1a9f1741a73e688688550e68da72827a72325ae49b8
 class Run:
     "The state of one training run; `fit` is its front door."
     def __init__(self, recipe: Recipe, data: Dataset, train: Split, watched: Split,

@@ -1,4 +1,4 @@
-# stands for f5a5449581e384d6c3cdb2c25cafb01820ddcf02acc6fd6676d92954224f7458
+# stands for 55ae11cd6c04d688165fae4387cc175b47f11456b7e53134c935d774abbaf77f
 def check_fit(recipe: Recipe, # what to do
               train: Split, # what to do it on
               data: Dataset, # for its properties
