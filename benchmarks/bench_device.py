@@ -169,8 +169,10 @@ def loss_text(losses) -> list[str]: # the rows of that part
     classes = "; ".join(f"{max(CLASSES, -(-b // PER_CLASS)):,} at B = {b:,}" for b in sorted(losses["size"].unique()))
     return ["## Losses over a batch, forward + backward",
             f"D = {losses.dim.iloc[0]}, batches of classes of four; classifiers and proxies over as many classes as the batch has, {CLASSES:,} at least ({classes}).",
-            "**Times the floor, by family: the middle loss (lowest to highest)**", family_lines(losses), f"The two products alone take, in milliseconds: {say(floor, '.3g')}. Torch's own similarity matrix of normalised embeddings and its backward pass take, in floors: "
-            f"{say(torchs, '.2f')}. Where the products take less than what starting a few kernels costs, the ratio is that of fixed costs.",
+            "**Times the floor, by family: the middle loss (lowest to highest)**", family_lines(losses),
+            f"The two products alone take, in milliseconds: {say(floor, '.3g')}. Torch's own similarity matrix of normalised embeddings and its backward pass take, in floors: "
+            f"{say(torchs, '.2f')}. Where the products take less than what starting a few kernels costs, the ratio is that of fixed costs. "
+            "N-pair takes one pair of each class, so its own products are smaller than these and it can be below one.",
             "**Times the floor (pairs: two matrix products; classification and proxies: three)**", grid(table, "times_floor", cell("times_floor", "{:.2f}")),
             "**The same from the quickest run of each, the least disturbed**", grid(table, "best_times_floor", cell("best_times_floor", "{:.2f}")),
             "**Milliseconds, median**", grid(table, "ms", cell("ms", "{:,.2f}")),
@@ -179,18 +181,20 @@ def loss_text(losses) -> list[str]: # the rows of that part
 
 def class_text(classes) -> list[str]: # the rows of that part
     "One line for each number of classes and form."
-    rows = [[f"{r.size:,}", r.name, *(cell(c, f)(r._asdict()) for c, f in (("ms", "{:,.2f}"), ("floor_ms", "{:,.2f}"), ("times_floor", "{:.2f}"), ("best_times_floor", "{:.2f}"), ("peak_gb", "{:.3f}"))),
-             f"{8 * r.size * r.dim / 1e9:.3f}"] for r in classes.assign(ms=classes.seconds * 1e3, floor_ms=classes.floor_seconds * 1e3).drop(columns="floor").itertuples(index=False)]
+    columns = dict(ms="{:,.2f}", floor_ms="{:,.2f}", times_floor="{:.2f}", best_times_floor="{:.2f}", peak_gb="{:.3f}")
+    rows = [[f"{r['size']:,}", r["name"], *(cell(c, form)(r) for c, form in columns.items()), f"{4 * r['size'] * r['dim'] / 1e9:.3f}"]
+            for r in classes.assign(ms=classes.seconds * 1e3, floor_ms=classes.floor_seconds * 1e3).to_dict("records")]
     return ["## Linear cross-entropy over many classes, forward + backward",
-            f"B = {classes.batch.iloc[0]:,}, D = {classes.dim.iloc[0]}, no bias, random labels; both forms train the same weights. Chunks compute the logits twice, so their floor would be four products.",
-            pipe_table(["classes", "form", "ms", "three products, ms", "times the products", "quickest runs", "peak, GB", "weights + gradient, GB"], rows),
-            "Peak: the most that torch held at once beyond weights and batch, so the weights' gradient is in it."]
+            f"B = {classes.batch.iloc[0]:,}, D = {classes.dim.iloc[0]}, no bias, random labels; both forms train the same weights. "
+            "Chunks compute the logits twice, so their floor would be four products.",
+            pipe_table(["classes", "form", "ms", "three products, ms", "times the products", "quickest runs", "peak, GB", "of it the weights' gradient, GB"], rows),
+            "Peak: the most that torch held at once beyond weights and batch."]
 
 
 def search_text(search) -> list[str]: # the rows of that part
     "One line a way."
-    rows = [[r["name"], f"{r['size']:,}", f"{r['dim']:,}", *(cell(c, f)(r) for c, f in (("seconds", "{:.3f}"), ("floor_seconds", "{:.3f}"), ("times_floor", "{:.2f}"), ("best_times_floor", "{:.2f}"), ("peak_gb", "{:.2f}")))]
-            for r in search.to_dict("records")]
+    columns = dict(seconds="{:.3f}", floor_seconds="{:.3f}", times_floor="{:.2f}", best_times_floor="{:.2f}", peak_gb="{:.2f}")
+    rows = [[r["name"], f"{r['size']:,}", f"{r['dim']:,}", *(cell(c, form)(r) for c, form in columns.items())] for r in search.to_dict("records")]
     return ["## Exact search, all against all", pipe_table(["way", "n", "d", "seconds", "product, seconds", "times the product", "quickest runs", "peak, GB"], rows),
             f"{K} neighbours, self left out, normal vectors. Peak: the most that torch held above the embeddings themselves."]
 
@@ -199,23 +203,25 @@ def markdown(table, rounds: int, device: str) -> str:
     "What was measured where, the three parts, what was not measured."
     where = f"On {torch.cuda.get_device_name()}." if device == "cuda" else "**No GPU here: the same measurements on the CPU, small.** They say nothing about a GPU."
     parts = [(loss_text, "losses"), (class_text, "classes"), (search_text, "search")]
-    refuses = "A GPU says so itself." if device == "cuda" else f"On a CPU that is forecast from three small batches, and what would take more than {ROOM} of the free memory is not started."
+    refuses = ("A GPU says so itself." if device == "cuda" else
+               f"On a CPU that is forecast from three small batches, and what would take more than {ROOM} of the free memory is not started.")
     return "\n\n".join([
         "# Speed on the device, against matrix products", f"{where} Float32 at torch's precision \"highest\" (no TF32); median of {rounds} rounds.",
         *(line for text, part in parts if (table.part == part).any() for line in text(table[table.part == part])),
-        "## How, and what is not here", f"Everything lies on the device before the clock starts, and the clock waits for the device. All contenders of a size run one after the other in each "
+        "## How, and what is not here",
+        f"Everything lies on the device before the clock starts, and the clock waits for the device. All contenders of a size run one after the other in each "
         f"round, in random order; ratios are medians over rounds of ratios within a round. *{NO_ROOM}*: it does not fit beside the matrices of the floor. {refuses}",
         "Not measured here: bf16, TF32, compiled losses, other libraries, several devices, indexes.", "\n".join(machine_lines())])
 
 
 def draw_panel(ax, table, losses: bool) -> None: # losses: families against B; otherwise forms against C
     "A thick line a family or form, in a colour and with a marker that all can tell apart; a thin one a loss."
-    for i, (group, rows) in enumerate(table.groupby("panel" if losses else "name", sort=False)):
+    for i, (group, rows) in enumerate(table.groupby("panel" if losses else "name", sort=False), 0 if losses else len(PANELS)):
         for _, line in rows.groupby("name") if losses else (): ax.plot(line["size"], line.times_floor, color=COLOURS[i], lw=.7, alpha=.45, zorder=1)
         middle = rows.groupby("size").times_floor.median()
         ax.plot(middle.index, middle, color=COLOURS[i], marker=MARKERS[i], ms=6, lw=2, label=PANELS[group].lower() if losses else group)
     sizes = sorted(table["size"].unique())
-    ax.axhline(1, color="grey", lw=1, zorder=0)
+    ax.axhline(1, color="black", lw=1, ls="--", zorder=0)
     ax.set(xscale="log", yscale="log", xlabel="batch size B" if losses else "classes C", title="Losses over a batch" if losses else "Cross-entropy")
     ax.set_xticks(sizes, [f"{s:,}" if losses else f"$10^{{{math.log10(s):.3g}}}$" for s in sizes]); ax.minorticks_off()
     ax.yaxis.set_major_formatter("{x:g}")
@@ -232,7 +238,7 @@ def draw(table):
         fig, axes = plt.subplots(1, len(parts), figsize=(4.4 * len(parts), 5.4), sharey=True, squeeze=False)
         for ax, part in zip(axes[0], parts): draw_panel(ax, table[table.part == part], part == "losses")
         axes[0, 0].set_ylabel("time / matrix products")
-        fig.text(0, -.04, "Forward + backward, float32, medians. Thin: one loss; thick: the family's middle. Grey: the products alone.", size=9)
+        fig.text(0, -.09, "Forward + backward, float32, medians. Dashed: the products alone.\nThin: one loss; thick: the family's middle.", size=11)
     return fig
 
 
