@@ -34,6 +34,7 @@ from dml_companion.encoders import build_encoder
 from dml_companion.training import Augment, Recipe, Run, epoch_batches
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12} # dense bf16 FLOP/s in NVIDIA's data sheets (SXM boards)
+STEADY = 1.5 # times that blocks of one rung may differ before the table says so
 CLASSES = 98 # of Cars196's training half
 RECIPES = {"CUB": (30, 5_864, 5_924), "Cars196": (100, 8_054, 8_131), "SOP": (100, 59_551, 60_502), "In-Shop": (100, 25_882, 26_830)} # epochs, training images, images judged an epoch
 
@@ -191,11 +192,12 @@ def defaults(device: torch.device) -> dict:
 
 
 def rung_table(table) -> str: # of `ladder`
-    "One line a rung; the share of the card's peak only where that is known."
+    "One line a rung; the share of the card's peak only where that is known, and a word where the numbers are not steady."
     known = table.share_of_peak.notna().all()
     rows = [[r.rung, f"{r.images_per_second:,.1f} ({r.low:,.1f} to {r.high:,.1f})", f"{r.against_first:.2f}", f"{r.step_against_floor:.2f}", *([f"{r.share_of_peak:.1%}"] if known else [])]
             for r in table.itertuples()]
-    return pipe_table(["rung", "images / s", "times the first", "step, times the floor's", *(["of the card's dense bf16 peak"] if known else [])], rows)
+    text, apart = pipe_table(["rung", "images / s", "times the first", "step, times the floor's", *(["of the card's dense bf16 peak"] if known else [])], rows), (table.high / table.low).max()
+    return text if apart < STEADY else f"{text}\n\nBlocks of one rung differ up to {apart:.1f} times: other work disturbed them, and small differences between rungs mean nothing."
 
 
 def recipe_hours(speed: float) -> str: # images a second
