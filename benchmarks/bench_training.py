@@ -218,11 +218,12 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
     use = defaults(device) | given
     recipe = Recipe(encoder=use["encoder"], size=use["size"], crop=use["crop"], pipeline="device", batch_size=use["batch"], freeze_bn=use["encoder"] != "convnet", dropout=.5,
                     augment=Augment(crop_scale=(.16, 1.), flip=True, jitter=(.25, .25, .25, 0.), jitter_first=True))
+    workers = max(0, (os.cpu_count() or 1) - 1)
     with tempfile.TemporaryDirectory() as folder:
-        table = ladder(recipe, noise(use["images"], use["size"], Path(folder)), device, use["steps"], rounds, max(0, (os.cpu_count() or 1) - 1), compile or device.type == "cuda")
+        table = ladder(recipe, noise(use["images"], use["size"], Path(folder)), device, use["steps"], rounds, workers, compile or device.type == "cuda")
     name, folder = f"training_{'gpu' if device.type == 'cuda' else 'cpu'}", Path(out)
     about = (f"{use['encoder']}, {use['crop']} of {use['size']} pixels, batches of {use['batch']}, {table.flops_per_image.iloc[0] / 1e9:.2f} GFLOP an image (forward and backward, counted by torch). "
-             f"Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets. Each rung adds to the one before it.")
+             f"Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets. Each rung adds to the one before it. DataLoader: {workers} worker processes.")
     where = [] if device.type == "cuda" else ["**No GPU here: the same ladder on the CPU, small.** It says nothing about a GPU: there is no TF32, and what a GPU gains from bf16, channels last "
                                               "and batches that lie beside the net, a CPU may lose."]
     paper = device.type == "cuda" and use["encoder"] == "resnet50" and use["crop"] == 224
