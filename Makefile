@@ -3,7 +3,7 @@
 # make test                 the whole test suite, smoke profile included, in two processes (JOBS=8: in eight; ARGS="-n0 --pdb": in this one)
 # make lab                  read the notebooks in JupyterLab
 # make bench                losses, memory, compilation, retrieval against floors, limits and pytorch-metric-learning
-# make bench-gpu            a training step rung by rung, from fp32 and a DataLoader to batches on the device (on a CPU: the same, small)
+# make bench-gpu            a training step rung by rung; losses, cross-entropy and exact search on the device against matrix products (on a CPU: the same, small)
 # make setup LOCK=1         the environment in which the committed figures were made, package by package
 # make clean                remove what can be built again; `make clean-runs` also removes finished runs
 
@@ -47,7 +47,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 bench-gpu: $(READY)
-	$(BIN)/python -m benchmarks training $(ARGS)
+	$(BIN)/python -m benchmarks training device $(ARGS)
 
 # After editing a notebook: tidy what Jupyter wrote, strip outputs, write the package.
 export: $(READY)

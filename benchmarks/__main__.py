@@ -1,15 +1,16 @@
 """`python -m benchmarks [losses] [memory] [compile] [classes] [retrieval] [--out figures/bench]`: all of these by default.
 
-`python -m benchmarks search`, `training` and `paths` take longer, so they run only when they are named; their options stand in their modules.
+`python -m benchmarks search`, `training`, `device` and `paths` take longer, so they run only when they are named; their options stand in their modules.
 `python -m benchmarks --render` writes tables and plots of losses and compile anew from their csv and measures nothing.
 """
 import argparse
 from importlib import import_module
 
 PARTS = ("losses", "memory", "compile", "classes", "retrieval")
-LONG = ("search", "training", "paths")                  # run when named
+LONG = ("search", "training", "device", "paths")        # run when named
 OPTIONS = {"search": ("exact", "sizes", "dim", "queries", "rounds", "threads", "embeddings", "run"),
-           "training": ("encoder", "size", "crop", "batch", "steps", "rounds", "threads", "compile"), "paths": ("data", "seeds", "epochs")}
+           "training": ("encoder", "size", "crop", "batch", "steps", "rounds", "threads", "compile"),
+           "device": ("batches", "classes", "exact", "dim", "rounds", "threads"), "paths": ("data", "seeds", "epochs")}
 RENDERED = ("losses", "compile")                        # can be written anew from what was measured
 
 
@@ -19,17 +20,20 @@ def main(argv=None) -> None:
     parser.add_argument("--out", default="figures/bench", help="folder for csv, md, svg and png")
     parser.add_argument("--render", action="store_true", help=f"measure nothing: write {' and '.join(RENDERED)} anew from their csv")
     search = parser.add_argument_group("search", "may take an hour")
-    search.add_argument("--exact", nargs=2, type=int, metavar=("N", "D"), help="size of exact search; 0 0: leave it out")
     search.add_argument("--sizes", nargs="+", type=int, metavar="N", help="sizes of synthetic galleries")
-    for name in ("dim", "queries"): search.add_argument(f"--{name}", type=int, metavar="N")
+    search.add_argument("--queries", type=int, metavar="N")
     search.add_argument("--embeddings", metavar="FILE", help="a .npy of your own embeddings: one gallery more")
     search.add_argument("--run", metavar="FOLDER", help="a finished run: views of its images, one gallery more")
     training = parser.add_argument_group("training", "the paper's size on a GPU, a small one elsewhere")
     training.add_argument("--encoder", metavar="NAME")
     training.add_argument("--compile", action="store_true", default=None, help="the compiler's rung on a CPU, too")
     for name in ("size", "crop", "batch", "steps"): training.add_argument(f"--{name}", type=int, metavar="N")
-    both = parser.add_argument_group("search and training")
-    for name in ("rounds", "threads"): both.add_argument(f"--{name}", type=int, metavar="N")
+    device = parser.add_argument_group("device", "large sizes on a GPU, small ones elsewhere")
+    for name, what in (("batches", "batch sizes of the losses"), ("classes", "numbers of classes of cross-entropy")): device.add_argument(f"--{name}", nargs="+", type=int, metavar="N", help=what)
+    shared = parser.add_argument_group("more than one")
+    shared.add_argument("--exact", nargs=2, type=int, metavar=("N", "D"), help="search, device: size of exact search; 0 0: leave it out")
+    shared.add_argument("--dim", type=int, metavar="N", help="search, device: of embeddings")
+    for name in ("rounds", "threads"): shared.add_argument(f"--{name}", type=int, metavar="N", help="search, training, device")
     paths = parser.add_argument_group("paths")
     paths.add_argument("--data", metavar="FOLDER", help="holds grocery; default: DML_DATA")
     for name in ("seeds", "epochs"): paths.add_argument(f"--{name}", type=int, metavar="N")

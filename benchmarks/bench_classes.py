@@ -16,14 +16,20 @@ from dml_companion.memory import ChunkedCrossEntropy, peak_bytes
 DIM, BATCH, COUNTS = 128, 256, (1_000, 10_000, 100_000, 1_000_000)
 
 
+def make_forms(num_classes: int, dim: int, plain: bool = True, device: str = "cpu") -> dict[str, torch.nn.Module]:
+    "Chunks, and all logits at once if wanted; both train the same weights."
+    with torch.device(device):
+        forms = {"chunks": ChunkedCrossEntropy(num_classes, dim, bias=False)}
+        if plain: forms["plain"] = CrossEntropy(num_classes, dim, bias=False)
+    if plain: forms["plain"].weight = forms["chunks"].weight
+    return forms
+
+
 def measure(num_classes: int, rounds: int, plain: bool) -> dict:
-    "Peaks and seconds of both forms, or of chunks alone; both train the same weights."
+    "Peaks and seconds of both forms, or of chunks alone."
     z, y = torch.randn(BATCH, DIM, requires_grad=True), torch.randint(num_classes, (BATCH,))
-    chunked = ChunkedCrossEntropy(num_classes, DIM, bias=False)
-    forms, size = {"chunks": chunked}, chunked.weight.numel() * chunked.weight.element_size()
-    if plain:
-        forms["plain"] = CrossEntropy(num_classes, DIM, bias=False)
-        forms["plain"].weight = chunked.weight
+    forms = make_forms(num_classes, DIM, plain)
+    size = forms["chunks"].weight.numel() * forms["chunks"].weight.element_size()
     row = dict(classes=num_classes, batch=BATCH, dim=DIM, weights_mb=size / 2**20)
     for name, loss in forms.items():
         run = step(loss, z, y)

@@ -28,15 +28,18 @@ PEER_TARGETS = {"lifted": 500, "triplet, all semi-hard": 10, "margin, distance-w
 UNDECIDED = f"the median and the quickest run lie on different sides of {TARGET:g}"
 
 
-def floors(z: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
-    "The products themselves, by name."
+def three_products(data: torch.Tensor, vectors: int) -> Callable[[], None]: # data: (n, d); vectors: of all classes
+    "What no classifier can avoid: scores, and the gradients of embeddings and of weights."
+    W, slopes = torch.randn(vectors, data.shape[1], device=data.device), torch.randn(len(data), vectors, device=data.device)
+    def run(): data @ W.T; slopes @ W; slopes.T @ data
+    return run
+
+
+def floors(z: torch.Tensor, num_classes: int = CLASSES) -> dict[str, Callable[[], object]]: # z: (n, d) with gradient
+    "The products themselves, by name, where the batch is."
     n, data = len(z), z.detach()
-    pairs, among = torch.randn(n, n), torch.randn(CLASSES, CLASSES)
+    pairs, among = torch.randn(n, n, device=z.device), torch.randn(num_classes, num_classes, device=z.device)
     def two_products(): data @ data.T; pairs @ data
-    def three_products(centers):
-        W, slopes = torch.randn(centers * CLASSES, DIM), torch.randn(n, centers * CLASSES)
-        def run(): data @ W.T; slopes @ W; slopes.T @ data
-        return run
     def with_centres(run, W):
         def more(): run(); W @ W.T; among @ W
         return more
@@ -44,8 +47,8 @@ def floors(z: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
         z.grad = None
         unit = F.normalize(z)
         (unit @ unit.T).backward(pairs)
-    products = {f"classes x {k}": three_products(k) for k in sorted({c.centers for c in CLASSIFICATION.values()})}
-    centres = with_centres(products["classes x 1"], torch.randn(CLASSES, DIM))
+    products = {f"classes x {k}": three_products(data, k * num_classes) for k in sorted({c.centers for c in CLASSIFICATION.values()})}
+    centres = with_centres(products["classes x 1"], torch.randn(num_classes, data.shape[1], device=z.device))
     return {"pairs": two_products, "autograd": autograd, **products, "centres": centres}
 
 
@@ -72,7 +75,7 @@ def measure(size: int, seconds: float) -> tuple[list[dict], int]:
     peers, room = make_peers(), .7 * available_bytes()
     wanted = {c.peer for c in CONTENDERS.values() if c.peer in peers}
     large = {peer for peer in wanted if size > LIMITS.get(peer, size) or peer_bytes(peer, size) > room}
-    contenders = floors(z, y)
+    contenders = floors(z)
     for label, c in CONTENDERS.items(): contenders[f"ours {label}"] = step(c.make(), z, y)
     for peer in sorted(wanted - large): contenders[f"peer {peer}"] = step(peers[peer], z, y)
     times, rounds = time_all(contenders, seconds)

@@ -38,9 +38,9 @@ class Contender(NamedTuple):
     products: str = "pairs"     # the floor: "pairs", "classes" or "centres"
     centers: int = 1            # a class, for the floor over classes
 
-    def make(self) -> torch.nn.Module:
+    def make(self, num_classes: int = CLASSES, dim: int = DIM) -> torch.nn.Module:
         "The objective."
-        return objectives.make(self.name, CLASSES, DIM, **self.options)
+        return objectives.make(self.name, num_classes, dim, **self.options)
 
 
 def classes(name, peer=None, centers=1, panel="classes", **options):
@@ -153,12 +153,12 @@ def peer_bytes(peer: str, # one of make_peers()
     return 0
 
 
-def make_batch(size: int, per_class: int = PER_CLASS) -> tuple[torch.Tensor, torch.Tensor]:
-    "A half-trained batch: classes of four around random centres."
+def make_batch(size: int, per_class: int = PER_CLASS, dim: int = DIM, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    "A half-trained batch: classes of four around random centres, the same numbers on every device."
     g = torch.Generator().manual_seed(size)
     y = torch.arange(size) // per_class
-    z = torch.randn(size // per_class + 1, DIM, generator=g)[y] + torch.randn(size, DIM, generator=g)
-    return z.requires_grad_(), y
+    z = torch.randn(size // per_class + 1, dim, generator=g)[y] + torch.randn(size, dim, generator=g)
+    return z.to(device).requires_grad_(), y.to(device)
 
 
 def step(loss: Callable, z: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
