@@ -13,16 +13,19 @@ A rung adds one thing to the one before it. The floor is forward, backward and u
 """
 import math
 import os
+import shutil
 import statistics
 import tempfile
+from functools import partial
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset as TorchDataset
+from torch.utils.data import DataLoader, Dataset as TorchDataset, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
@@ -30,8 +33,9 @@ from benchmarks.common import interleaved, machine_lines, pipe_table, waited, wr
 from dml_companion import objectives
 from dml_companion.datasets import Split
 from dml_companion.device import DevicePack, augment, training_batches
-from dml_companion.encoders import build_encoder
-from dml_companion.training import Augment, Recipe, Run, epoch_batches
+from dml_companion.device_training import DeviceRun
+from dml_companion.encoders import build_encoder, embed
+from dml_companion.training import Augment, Recipe, Run, epoch_batches, train_epoch
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12} # dense bf16 FLOP/s in NVIDIA's data sheets (SXM boards)
 STEADY = 1.5 # times that blocks of one rung may differ before the table says so
@@ -90,6 +94,9 @@ LADDER = (Rung("fp32, DataLoader"), Rung("+ tf32", tf32=True), Rung("+ bf16", tf
           Rung("+ batches on the device", device_batches=True, tf32=True, bf16=True, channels_last=True, compiled=True))
 
 
+ITSELF = "the run itself, whole epochs"
+
+
 def noise(n: int, size: int, folder: Path) -> Split:
     "A memory-mapped pack of random bytes, 98 classes."
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, 3, size, size))
@@ -133,9 +140,17 @@ def feed(split: Split, recipe: Recipe, rung: Rung, device: torch.device, workers
     if rung.device_batches:
         pack, made = DevicePack(split, device), torch.compile(augment, dynamic=False) if rung.compiled else augment
         return endless(lambda: training_batches(pack, recipe, generators, dtype=torch.bfloat16 if rung.bf16 else torch.float32, compiled=made))
-    loader = DataLoader(OneByOne(split, torchvision_transform(recipe.augment, recipe.crop)), recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers,
-                        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=one_thread, generator=generators["sampler"])
-    return ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in endless(lambda: iter(loader)))
+    data = OneByOne(split, torchvision_transform(recipe.augment, recipe.crop))
+    endlessly = RandomSampler(data, replacement=True, num_samples=10**9, generator=generators["sampler"])     # no worker waits for an epoch's end
+    loader = DataLoader(data, recipe.batch_size, sampler=endlessly, drop_last=True, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=one_thread)
+    return ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in loader)
+
+
+def worker_count(batch_bytes: int) -> int: # of a float batch
+    "Processes that may load images: one less than the cores that are ours, as far as shared memory holds three batches of each."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 2**40
+    return max(0, min(cores - 1, 16, room // (3 * batch_bytes)))
 
 
 def timed(step: Callable, batches: Iterator, steps: int, rounds: int, device: torch.device) -> list[float]: # seconds a step, one a round
@@ -145,6 +160,15 @@ def timed(step: Callable, batches: Iterator, steps: int, rounds: int, device: to
     waited(lambda: block(3), device.type)()                        # compilation, workers, first pages
     times = interleaved({"step": waited(lambda: block(steps), device.type)}, rounds, warmup=0)["step"]
     return [seconds / steps for seconds in times]
+
+
+def run_itself(recipe: Recipe, split: Split, device: torch.device, rounds: int) -> tuple[list[float], list[float]]: # seconds a step, and to judge an image
+    "Whole epochs of notebook 05c's run, with all that it does beside the steps, and embedding the same images, as after an epoch."
+    given = recipe.model_copy(update=dict(precision="bf16", lr=1e-3))
+    run = DeviceRun(given, SimpleNamespace(digest="noise"), split, split, partial(objectives.make, "cross_entropy", label_smoothing=.1), 0, None, device.type)
+    ways = {"train": waited(lambda: train_epoch(run, 10**6), device.type), "judge": waited(lambda: embed(run.bare, run.pack), device.type)}
+    seconds = interleaved(ways, rounds, warmup=1)
+    return [t / (len(split) // recipe.batch_size) for t in seconds["train"]], [t / len(split) for t in seconds["judge"]]
 
 
 def step_flops(recipe: Recipe) -> int: # floating-point operations of one image, forward and backward
@@ -162,10 +186,14 @@ def rungs(device: torch.device, compiling: bool) -> list[Rung]:
 
 
 def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int, compiling: bool) -> "pd.DataFrame":
-    "Images a second of every rung and of the floor."
+    "Images a second of every rung, of the run itself and of the floor."
     import pandas as pd
     peak = next((v for k, v in PEAKS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), math.nan)
     flops, lines = step_flops(recipe), []
+    def line(name, spent):
+        speed = recipe.batch_size / statistics.median(spent)
+        print(f"{name:36} {speed:9.1f} images/s", flush=True)
+        return dict(rung=name, images_per_second=speed, low=recipe.batch_size / max(spent), high=recipe.batch_size / min(spent), flops_per_image=flops, share_of_peak=speed * flops / peak)
     for rung in rungs(device, compiling):
         torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = rung.tf32, True
@@ -175,12 +203,14 @@ def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, round
             if rung.name.startswith("floor"): batches = repeat(next(batches))
             spent = timed(make_step(recipe, rung, device), batches, steps, rounds, device)
         finally: torch.set_float32_matmul_precision("highest")
-        speed = recipe.batch_size / statistics.median(spent)
-        lines.append(dict(rung=rung.name, images_per_second=speed, low=recipe.batch_size / max(spent), high=recipe.batch_size / min(spent),
-                          flops_per_image=flops, share_of_peak=speed * flops / peak))
-        print(f"{rung.name:36} {speed:9.1f} images/s", flush=True)
+        lines.append(line(rung.name, spent))
         del batches
-    table = pd.DataFrame(lines)
+    torch.set_float32_matmul_precision("high")
+    torch._dynamo.reset()
+    try: spent, judged = run_itself(recipe, split, device, rounds)
+    finally: torch.set_float32_matmul_precision("highest")
+    lines.insert(-1, line(ITSELF, spent))
+    table = pd.DataFrame(lines).assign(judged_per_second=1 / statistics.median(judged))
     first, floor = table.images_per_second.iloc[0], table.images_per_second.iloc[-1]
     return table.assign(against_first=table.images_per_second / first, step_against_floor=floor / table.images_per_second)
 
@@ -200,13 +230,14 @@ def rung_table(table) -> str: # of `ladder`
     return text if apart < STEADY else f"{text}\n\nBlocks of one rung differ up to {apart:.1f} times: other work disturbed them, and small differences between rungs mean nothing."
 
 
-def recipe_hours(speed: float) -> str: # images a second
+def recipe_hours(speed: float, judging: float) -> str: # images a second
     "What that makes of the paper's four recipes."
-    counts = {who: epochs * (train + judged / 3) for who, (epochs, train, judged) in RECIPES.items()}
-    rows = [[who, f"{epochs} × ({train:,} + {judged:,} / 3)", f"{counts[who] / speed / 3600:.2f}"] for who, (epochs, train, judged) in RECIPES.items()]
+    hours = {who: epochs * (train / speed + judged / judging) / 3600 for who, (epochs, train, judged) in RECIPES.items()}
+    rows = [[who, f"{epochs} × ({train:,} / {speed:,.0f} + {judged:,} / {judging:,.0f})", f"{hours[who]:.2f}"] for who, (epochs, train, judged) in RECIPES.items()]
     return "\n\n".join([
-        "## What the paper's four recipes would take", f"Images trained on, and a third of the cost for each image that is judged after an epoch (forward only), at {speed:,.1f} images a second.",
-        pipe_table(["recipe", "epochs × (training + judged / 3)", "hours"], [*rows, ["all four", "", f"{sum(counts.values()) / speed / 3600:.2f}"]])])
+        "## What the paper's four recipes would take", f"The run itself trains on {speed:,.1f} images a second, and embeds {judging:,.1f} a second of those that are judged after every epoch. "
+        "Not counted: compilation, the first upload, search and clustering.",
+        pipe_table(["recipe", "epochs × (training / speed + judged / speed)", "hours"], [*rows, ["all four", "", f"{sum(hours.values()):.2f}"]])])
 
 
 def main(out: str = "figures/bench", encoder: str | None = None, size: int | None = None, crop: int | None = None, batch: int | None = None,
@@ -218,18 +249,19 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
     use = defaults(device) | given
     recipe = Recipe(encoder=use["encoder"], size=use["size"], crop=use["crop"], pipeline="device", batch_size=use["batch"], freeze_bn=use["encoder"] != "convnet", dropout=.5,
                     augment=Augment(crop_scale=(.16, 1.), flip=True, jitter=(.25, .25, .25, 0.), jitter_first=True))
-    workers = max(0, (os.cpu_count() or 1) - 1)
+    workers = worker_count(use["batch"] * 3 * use["crop"] ** 2 * 4)
     with tempfile.TemporaryDirectory() as folder:
         table = ladder(recipe, noise(use["images"], use["size"], Path(folder)), device, use["steps"], rounds, workers, compile or device.type == "cuda")
     name, folder = f"training_{'gpu' if device.type == 'cuda' else 'cpu'}", Path(out)
     about = (f"{use['encoder']}, {use['crop']} of {use['size']} pixels, batches of {use['batch']}, {table.flops_per_image.iloc[0] / 1e9:.2f} GFLOP an image (forward and backward, counted by torch). "
-             f"Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets. Each rung adds to the one before it. DataLoader: {workers} worker processes.")
+             f"Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets. Each rung adds to the one before it. DataLoader: {workers} worker processes. The run itself: 05c's, with its bookkeeping; "
+             "beside its steps it draws an epoch's table and waits at the end. Torch allows TF32 in convolutions unless told otherwise: what most scripts do lies between the first two rungs.")
     where = [] if device.type == "cuda" else ["**No GPU here: the same ladder on the CPU, small.** It says nothing about a GPU: there is no TF32, and what a GPU gains from bf16, channels last "
                                               "and batches that lie beside the net, a CPU may lose."]
     paper = device.type == "cuda" and use["encoder"] == "resnet50" and use["crop"] == 224
-    write_text(folder / f"{name}.md", "\n\n".join(["# A training step, rung by rung", *where, about, rung_table(table), recipe_hours(table.iloc[-2].images_per_second) if paper else
+    write_text(folder / f"{name}.md", "\n\n".join(["# A training step, rung by rung", *where, about, rung_table(table), recipe_hours(table.iloc[-2].images_per_second, table.judged_per_second.iloc[0]) if paper else
         "What the paper's four recipes would take is left out: that wants ResNet-50 at 224 pixels on a GPU.", "\n".join(machine_lines())]))
-    table.to_csv(folder / f"{name}.csv", index=False)
+    table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     print(f"wrote {folder}/{name}.md, .csv")
 
 

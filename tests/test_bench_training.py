@@ -19,13 +19,14 @@ from dml_companion.training import Augment, Recipe, epoch_batches, holdout_class
 def test_the_ladder_is_climbed_and_its_arithmetic_holds(tmp_path):
     main(["training", "--size", "24", "--crop", "16", "--batch", "8", "--steps", "1", "--rounds", "2", "--out", str(tmp_path)])
     table, text = pd.read_csv(tmp_path / f"training_{'gpu' if torch.cuda.is_available() else 'cpu'}.csv"), next(tmp_path.glob("*.md")).read_text()
-    assert table.rung.iloc[0] == "fp32, DataLoader" and table.rung.iloc[-2] == "+ batches on the device" and table.rung.iloc[-1].startswith("floor")
-    assert np.allclose(table.against_first, table.images_per_second / table.images_per_second[0]) and table.step_against_floor.iloc[-1] == 1
+    assert table.rung.iloc[0] == "fp32, DataLoader" and table.rung.iloc[-3] == "+ batches on the device" and table.rung.iloc[-2] == T.ITSELF and table.rung.iloc[-1].startswith("floor")
+    assert np.allclose(table.against_first, table.images_per_second / table.images_per_second[0], rtol=1e-4) and (table.judged_per_second > 0).all() and table.step_against_floor.iloc[-1] == 1
     assert "hours" not in text and "recipes would take is left out" in text and ("No GPU here" in text) == (not torch.cuda.is_available())
     assert ("dense bf16 peak" in text) == table.share_of_peak.notna().all()
     assert ("disturbed them" in text) == ((table.high / table.low).max() >= T.STEADY)
-    hours = sum(e * (n + m / 3) for e, n, m in T.RECIPES.values()) / 1000 / 3600
-    assert f"| all four |  | {hours:.2f} |" in T.recipe_hours(1000.) and "| CUB | 30 × (5,864 + 5,924 / 3) | 0.07 |" in T.recipe_hours(1000.)
+    hours = sum(e * (n / 1000 + m / 4000) for e, n, m in T.RECIPES.values()) / 3600
+    assert f"| all four |  | {hours:.2f} |" in T.recipe_hours(1000., 4000.) and "| CUB | 30 × (5,864 / 1,000 + 5,924 / 4,000) | 0.06 |" in T.recipe_hours(1000., 4000.)
+    assert 0 <= T.worker_count(2**20) <= 16 and T.worker_count(2**60) == 0
     for words in (["--seeds", "3"], ["losses", "--steps", "3"], ["training", "--data", "x"]):
         with pytest.raises(SystemExit): main(words)
 
