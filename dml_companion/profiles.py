@@ -261,6 +261,7 @@ def laid_over(said: dict, # a profile's keys, as in its file
     if like not in known: refuse(f"no profile{nearest_name(str(like), known)} Known: {', '.join(known)}")
     model = read_yaml(root / f"workflow/profiles/{like}.yaml")
     if "like" in model: refuse(f"itself like {model['like']!r}; one level only: name {model['like']!r}, or say here what {like!r} changes")
+    load_profile(like, root)                    # what is wrong there is said under its own name
     both = {key for key in ("base", "rows") if isinstance(said.get(key), dict) and isinstance(model.get(key), dict)}
     return {k: v for k, v in model.items() if k not in OWN} | said | {key: model[key] | said[key] for key in both}
 
