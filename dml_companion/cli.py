@@ -76,6 +76,7 @@ def make_plan(profile: str, data: str | None, device: str, figures: str | None,
         from dml_companion.profiles import plan
         found = plan(profile, data, device, figures, root, here, weights)
         for why, rows in found.not_run().items(): say(f"not run: {', '.join(rows)} ({why})", err)
+        if here and (why := found.slow()): say(why, err)
         return root, found
     except (ValueError, FileNotFoundError) as e: give_up(e)
     except ModuleNotFoundError as e:

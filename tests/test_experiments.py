@@ -58,7 +58,7 @@ def claims_of(folder): return {c.id: c for c in load_claims(folder)}
 
 
 def test_claims_are_published_where_notebooks_make_them():
-    assert {p.name for p in CLAIMED} == {"quick", "omniglot", "grocery", "family", "family_omniglot"}
+    assert {p.name for p in CLAIMED if not p.name.endswith("_full")} == {"quick", "omniglot", "grocery", "family", "family_omniglot"}
     made = {c.notebook.split("/")[-1][:2] for c in load_claims(ROOT / "figures/quick")}
     assert made == {"10", "11", "12", "13", "14", "24", "31", "32", "33"}
 
@@ -228,7 +228,8 @@ def test_the_three_readings_of_an_epoch_are_what_their_headings_say(folder):
     records = [r for r in load_records(folder) if r.recipe["epochs"]]
     for r in records:
         path = [e["test/cosine/recall@1"] for e in r.history[1:]]
-        assert path[-1] == pytest.approx(r.metrics["cosine/recall@1"], abs=1e-12) and max(path) == r.metrics["best_on_test/cosine/recall@1"]
+        room = 1e-12 if r.provenance["device"] == "cpu" else .01        # on a GPU an epoch is looked at in the precision of training, the end in fp32
+        assert path[-1] == pytest.approx(r.metrics["cosine/recall@1"], abs=room) and max(path) == r.metrics["best_on_test/cosine/recall@1"]
     for line in rows_of(folder / "epoch_selection.csv"):
         mine = [r for r in records if r.row == line["row"]]
         for heading, key in (("cosine last", "cosine/recall@1"), ("cosine selected", "selected/cosine/recall@1"), ("cosine best on test", "best_on_test/cosine/recall@1"),
