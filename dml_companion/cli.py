@@ -41,7 +41,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 DataOption = Annotated[Optional[str], typer.Option("--data", envvar="DML_DATA", help="Folder with the data sets.")]
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A profile of workflow/profiles, or a YAML file.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:0.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 PlanWeightsOption = Annotated[Optional[str], typer.Option(
     "--weights", help="File of an encoder's pretrained weights; default: torch's cache, or the encoder's own package.")]
 FiguresOption = Annotated[Optional[str], typer.Option(

@@ -615,19 +615,18 @@ def check_on_data(recipe: dict, # complete
     check_fit(r, data.train, data)
 
 
-def gpu_count(device: str, # auto, cpu, cuda, cuda:0
+def gpu_count(device: str, # auto, cpu, cuda
               here: bool = True, # False: jobs run on other machines, whose GPUs only their scheduler knows
              ) -> int:
     "How many GPUs of this machine `device` means; 0 for the CPU, and for a cluster, where nobody here shares them out."
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:0")
-    if not here and ":" in device: raise ValueError(f"device {device!r}: a cluster's scheduler picks the GPU; use --device cuda")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}; use auto, cpu or cuda, and for some GPUs of several CUDA_VISIBLE_DEVICES=0,1")
     if device == "cpu" or not here: return 0
     import torch
     if not torch.cuda.is_available():
         if device == "auto": return 0
         raise ValueError(f"device {device!r} was asked for, but torch sees no GPU; use --device auto or cpu")
-    return torch.cuda.device_count() if device in ("auto", "cuda") else 1
+    return torch.cuda.device_count()
 
 
 def check_notebooks(profile: Profile, recipes: dict[str, dict], given: dict[str, Any], root: Path) -> None:

@@ -201,7 +201,7 @@ def test_devices_of_a_cluster_are_not_looked_for_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert P.gpu_count("cuda", here=False) == P.gpu_count("auto", here=False) == 0
     with pytest.raises(ValueError, match="torch sees no GPU"): P.gpu_count("cuda")
-    with pytest.raises(ValueError, match="a cluster's scheduler picks the GPU"): P.gpu_count("cuda:1", here=False)
+    with pytest.raises(ValueError, match="unknown device 'cuda:1'; use auto, cpu or cuda, and for some GPUs of several CUDA_VISIBLE_DEVICES"): P.gpu_count("cuda:1", here=False)
     with pytest.raises(ValueError, match="unknown device 'tpu'"): P.gpu_count("tpu", here=False)
 
 # ---------------------------------------------------------------- locks on shared file systems
