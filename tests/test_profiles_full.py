@@ -132,13 +132,13 @@ def test_a_comparison_is_made_again_when_the_other_records_change(project):
 
 @pytest.fixture(scope="module")
 def both_sizes(tmp_path_factory):
-    "Records of a tiny profile and of one that is like it, through the device's path: one epoch, two seeds, on the CPU, so in fp32."
+    "Records of a tiny profile and of one that is like it, through the device's path: one epoch, two seeds, in bf16."
     matplotlib.use("Agg")
     root, records = tmp_path_factory.mktemp("sizes"), {}
     base = dict(encoder_options={"width": 4}, epochs=1, batch_size=32, warmup=2, validation=.2, lr=.1)
     profiles = {"tiny": dict(data={"name": "glyphs", "options": {"max_train_classes": 24, "max_test_classes": 24}}, seeds=[0, 1], base=base,
                              rows={"untrained": {"control": True, "seeds": [0], "recipe": {"epochs": 0}}, "cross_entropy": {}, "snca": {"recipe": {"objective": "snca", "sampler": "balanced", "per_class": 4}}}),
-                "tiny_full": dict(like="tiny", base=dict(pipeline="device", size=48, encoder_options={"width": 8}))}
+                "tiny_full": dict(like="tiny", base=dict(pipeline="device", precision="bf16", size=48, encoder_options={"width": 8}))}
     for name, said in profiles.items(): R.write_atomic(root / f"workflow/profiles/{name}.yaml", yaml.safe_dump({"name": name, **said}))
     for name in profiles:
         made = plan(load_profile(name, root), device="cpu", root=ROOT)
@@ -165,8 +165,8 @@ def test_the_result_table_reads_them(both_sizes, tmp_path):
 def test_both_sizes_are_compared(both_sizes, tmp_path, capsys):
     found = run_cells(ROOT / AGAIN, dict(profile="tiny_full", against="tiny", records=both_sizes["tiny_full"], others=both_sizes["tiny"], figures=str(tmp_path)))
     settings = found["settings"].set_index("what")
-    assert set(settings.index) >= {"pipeline", "size", "encoder options"} and list(settings.loc["size", ["tiny", "tiny_full"]]) == ["None", "48"]
-    assert not {"lr", "epochs", "objective", "batch size", "precision"} & set(settings.index)
+    assert set(settings.index) >= {"pipeline", "precision", "size", "encoder options"} and list(settings.loc["size", ["tiny", "tiny_full"]]) == ["None", "48"]
+    assert not {"lr", "epochs", "objective", "batch size"} & set(settings.index)
     line = found["levels"].set_index("row").loc["snca"]
     score = {name: [R.load_record(p).metrics["cosine/recall@1"] for p in paths if "/snca/" in p] for name, paths in both_sizes.items()}
     assert line["R@1 moved by"] == pytest.approx(sum(score["tiny_full"]) / 2 - sum(score["tiny"]) / 2) and line["R@1 moved by ±"] > 0
