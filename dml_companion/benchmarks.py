@@ -592,20 +592,23 @@ class Prepared(NamedTuple):
 
 def prepare(name: str, root: str | Path | None = None, size: int | None = None, cache: str | Path | None = None,
             progress: bool = True, again: bool = False, # arguments as in `load`; again: build the pack anew
+            **options: Any # those of the set's loader, such as official=True
            ) -> Prepared:
     "Check a set's files and turn them into a pack, or open the one that is there; goes on where it was killed."
     stamp = lambda folder: (folder / "meta.json").stat().st_mtime_ns
     before = {folder: stamp(folder) for folder in packs_on_disk(cache)}
-    with watching(again=again) as seen: data = datasets.load(name, root, size, cache, progress)
+    with watching(again=again) as seen: data = datasets.load(name, root, size, cache, progress, **options)
     return Prepared(data, seen[0], before.get(seen[0].folder) != stamp(seen[0].folder))
 
 def verify(name: str, root: str | Path | None = None, size: int | None = None, cache: str | Path | None = None,
            digest: str | None = None, # what the data set's digest must be, or how it must begin
-           progress: bool = True) -> Prepared:
+           progress: bool = True,
+           **options: Any # as in `prepare`
+          ) -> Prepared:
     "Judge counts, the hash of every packed image and the digest; raises `NotPrepared`, `BrokenPack` or `WrongData`."
     if digest is not None and not re.fullmatch("[0-9a-f]{8,64}", digest.lower()):
         raise ValueError(f"a digest is 64 hexadecimal digits, or at least the first 8 of them; got {digest!r}")
-    with watching(open_only=True) as seen: data = datasets.load(name, root, size, cache, progress)
+    with watching(open_only=True) as seen: data = datasets.load(name, root, size, cache, progress, **options)
     n = len(seen[0].images)
     verify_pack(seen[0], tqdm(range(n), f"verifying {name}", disable=not progress, unit=" images"))
     if digest is not None and not data.digest.startswith(digest.lower()):

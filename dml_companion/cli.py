@@ -8,12 +8,13 @@ __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', '
            'RowsOption', 'DrawOption', 'FolderArgument', 'FileOption', 'ModelOption', 'EncoderOption', 'WeightsOption',
            'SplitOption', 'SkipOption', 'PhotosOption', 'NeighboursOption', 'SideOption', 'SetOption', 'RateOption',
            'index_app', 'MatrixArgument', 'IndexArgument', 'IndexSetOption', 'CardArgument', 'CardOption', 'LEGEND',
-           'data_app', 'NameArgument', 'SizeOption', 'CacheOption', 'DigestOption', 'say', 'give_up', 'make_plan',
-           'version', 'overview', 'counts', 'status', 'reproduce', 'tune', 'own_cores', 'find_cluster', 'preview',
-           'run_plan', 'place', 'polite_signals', 'report', 'line_of', 'bar', 'watch', 'wait', 'beside_each_other',
-           'elsewhere', 'repeat', 'in_a_sentence', 'as_split', 'confess', 'embed', 'evaluate', 'some', 'scoreboard',
-           'train', 'report_training', 'as_options', 'search', 'sheet', 'index_build', 'index_query', 'hung', 'family',
-           'objectives', 'data_list', 'data_prepare', 'again_line', 'data_verify', 'together', 'job', 'main']
+           'data_app', 'NameArgument', 'SizeOption', 'CacheOption', 'OfficialOption', 'DigestOption', 'say', 'give_up',
+           'make_plan', 'version', 'overview', 'counts', 'status', 'reproduce', 'tune', 'own_cores', 'find_cluster',
+           'preview', 'run_plan', 'place', 'polite_signals', 'report', 'line_of', 'bar', 'watch', 'wait',
+           'beside_each_other', 'elsewhere', 'repeat', 'in_a_sentence', 'as_split', 'confess', 'embed', 'evaluate',
+           'some', 'scoreboard', 'train', 'report_training', 'as_options', 'search', 'sheet', 'index_build',
+           'index_query', 'hung', 'family', 'objectives', 'data_list', 'data_prepare', 'again_line', 'data_verify',
+           'together', 'job', 'main']
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c02
 import os, shlex, signal, sys, time
@@ -588,6 +589,7 @@ NameArgument = Annotated[str, typer.Argument(help="A data set: dml-companion dat
 SizeOption = Annotated[Optional[int], typer.Option("--size", help="Side of the images in pixels; default: that of the set.")]
 CacheOption = Annotated[Optional[str], typer.Option(
     "--cache", envvar="DML_CACHE", help="Folder for packs; default: ~/.cache/dml-companion.")]
+OfficialOption = Annotated[bool, typer.Option("--official", help="Pixels as the paper's code makes them, as the profile paper wants them.")]
 DigestOption = Annotated[Optional[str], typer.Option("--digest", help="What the digest must be, or its first 8 or more digits.")]
 
 
@@ -613,13 +615,13 @@ def data_list(name: Annotated[Optional[str], typer.Argument(help="All about one 
 
 
 @data_app.command("prepare")
-def data_prepare(name: NameArgument, data: DataOption = None, size: SizeOption = None, cache: CacheOption = None,
+def data_prepare(name: NameArgument, data: DataOption = None, size: SizeOption = None, cache: CacheOption = None, official: OfficialOption = False,
                  again: Annotated[bool, typer.Option("--again", help="Remove the pack and build it anew.")] = False) -> None:
     "Check a data set and pack its images. Stop it when you like: the same command goes on from there."
     from dml_companion.benchmarks import prepare
     polite_signals()
     started = time.monotonic()
-    try: done = prepare(name, data, size, cache, err.is_terminal, again)
+    try: done = prepare(name, data, size, cache, err.is_terminal, again, **dict.fromkeys(["official"] * official, True))
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from here", err)
         raise typer.Exit(130)
@@ -629,22 +631,22 @@ def data_prepare(name: NameArgument, data: DataOption = None, size: SizeOption =
     say(f"{done.data}\ndigest {done.data.digest}")
 
 
-def again_line(name: str, data: str | None, size: int | None, cache: str | None) -> str:
+def again_line(name: str, data: str | None, size: int | None, cache: str | None, official: bool = False) -> str:
     "The command that builds a pack anew."
     given = {"--data": data, "--size": size, "--cache": cache}
     words = [str(w) for option, value in given.items() if value is not None for w in (option, value)]
-    return shlex.join(["dml-companion", "data", "prepare", name, *words, "--again"])
+    return shlex.join(["dml-companion", "data", "prepare", name, *words, *["--official"] * official, "--again"])
 
 
 @data_app.command("verify")
 def data_verify(name: NameArgument, data: DataOption = None, size: SizeOption = None, cache: CacheOption = None,
-                digest: DigestOption = None) -> None:
+                digest: DigestOption = None, official: OfficialOption = False) -> None:
     "Judge counts, packed images and digest. Exit code 1 and the reason if they are wrong."
     from dml_companion.benchmarks import BadArchive, BrokenPack, WrongData, verify
-    try: done = verify(name, data, size, cache, digest, err.is_terminal)
+    try: done = verify(name, data, size, cache, digest, err.is_terminal, **dict.fromkeys(["official"] * official, True))
     except (BadArchive, BrokenPack, WrongData) as e:
         say(f"wrong: {e}", err)
-        if isinstance(e, BrokenPack): say(f"to build the pack anew: {again_line(name, data, size, cache)}", err)
+        if isinstance(e, BrokenPack): say(f"to build the pack anew: {again_line(name, data, size, cache, official)}", err)
         raise typer.Exit(1)
     except (ValueError, OSError, ModuleNotFoundError) as e: give_up(e)
     say(f"right: {len(done.pack.images):,} images have their hash, in {done.pack.folder}\n{done.data}\ndigest {done.data.digest}")

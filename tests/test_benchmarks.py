@@ -504,6 +504,19 @@ def test_official_is_another_pack_and_says_so(tmp_path):
     (folder / "frames.npy").unlink()
     with pytest.raises(BrokenPack, match="frames.npy"): open_pack(folder)
 
+def test_official_packs_are_prepared_and_verified(tmp_path):
+    root = grow(tmp_path, cub_tree())
+    words = ["cub", "--data", str(root), "--size", "16", "--cache", str(root / "packs")]
+    with expecting("cub", TINY["cub"]):
+        assert CliRunner().invoke(app, ["data", "verify", *words, "--official"]).exit_code == 2                   # not prepared
+        said = CliRunner().invoke(app, ["data", "prepare", *words, "--official"])
+        assert said.exit_code == 0 and "3x32x32" in said.output, said.output
+        assert CliRunner().invoke(app, ["data", "verify", *words]).exit_code == 2
+        again = CliRunner().invoke(app, ["data", "verify", *words, "--official"])
+        assert again.exit_code == 0 and "right: 12 images" in again.output
+        unknown = CliRunner().invoke(app, ["data", "prepare", "glyphs", "--official", "--cache", str(root / "packs")])
+    assert unknown.exit_code == 2 and "unknown option of glyphs 'official'" in unknown.output
+
 def test_digests_do_not_move(tmp_path):
     "Flat colours decode alike everywhere: another digest here means that results can no longer be compared."
     tree = {n: (d if n.endswith(".txt") else None) for n, d in cub_tree().items()}

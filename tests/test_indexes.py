@@ -461,3 +461,23 @@ def test_benchmark_writes_its_files(tmp_path, monkeypatch):
     assert "search" not in PARTS
     for wrong in (["retrieval", "--dim", "3"], ["serch"]):
         with pytest.raises(SystemExit): main(wrong)
+
+
+def test_a_gallery_of_views(tmp_path):
+    "The images as they are, then other views of them, as a trained run's encoder sees them; a folder without a run is named."
+    from pathlib import Path
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("matplotlib").use("Agg")
+    from benchmarks import bench_search as S
+    from dml_companion.engine import run_cells
+    small = dict(data_options={"max_train_classes": 24, "max_test_classes": 24}, encoder_options={"width": 4}, epochs=1, batch_size=32, warmup=2, snapshots=0)
+    run = run_cells(Path(__file__).parents[1] / "nbs/04_experiments/30_train.ipynb", dict(folder=str(tmp_path / "run"), device="cpu", watch_test=False, **small))
+    images = len(run["benchmark"].train) + len(run["benchmark"].query)
+    x, name = S.views(tmp_path / "run", 2 * images + 5, block=100)
+    assert name == "views of glyphs" and np.allclose(x[len(run["benchmark"].train):images], run["z"].numpy(), atol=1e-5)
+    near = (x[:images] - x[images:2 * images]); far = x[:images] - np.roll(x[images:2 * images], images // 2, 0)
+    assert 0 < (near ** 2).sum(1).mean() < .8 * (far ** 2).sum(1).mean() and np.array_equal(x, S.views(tmp_path / "run", 2 * images + 5, block=100)[0])
+    S.main(tmp_path / "bench", exact=(0, 0), sizes=(300,), dim=8, queries=30, rounds=1, threads=1, run=str(tmp_path / "run"))
+    table = pd.read_csv(tmp_path / "bench/search.csv")
+    assert table[table["index"] == "exact"].n.tolist() == [300, 300] and set(table.data) == {"synthetic", "views of glyphs"}
+    with pytest.raises(ValueError, match="has no record.json: give the folder of a finished run"): S.views(tmp_path, 10)
