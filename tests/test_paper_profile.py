@@ -1,15 +1,21 @@
 "The profile `paper`: the released code's recipes, field by field, and a walk through it on tiny trees in the official layouts."
+import math
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
+import torch
 
-from dml_companion import reproduction as R
+from dml_companion import objectives, reproduction as R
 from dml_companion.benchmarks import expecting
+from dml_companion.datasets import Split
+from dml_companion.device import DevicePack, training_batches
 from dml_companion.engine import run_cells
 from dml_companion.profiles import checked_recipes, load_profile, plan
-from dml_companion.training import Recipe
+from dml_companion.training import Recipe, epoch_batches
 from test_benchmarks import TINY, TREES, grow
 
 ROOT = Path(__file__).parents[1]
@@ -120,3 +126,20 @@ def test_rows_without_images_are_left_out_and_named(trees, tmp_path, monkeypatch
 def test_the_table_without_any_run(tmp_path):
     table = execute("nbs/04_experiments/31c_paper_and_ours.ipynb", figures=str(tmp_path))["table"]
     assert len(table) == 2 * (6 + 6 + 4 + 6) and table["ours, last"].str.startswith("not run").all() or (ROOT / "figures/paper/records").exists()
+
+
+@pytest.mark.parametrize("name, n, classes, side, steps", [("cub", 5_864, 100, 512, 45), ("cars196", 8_054, 98, 256, 62), ("sop", 59_551, 11_318, 256, 465), ("inshop", 25_882, 3_997, 256, 202)])
+def test_packs_of_the_published_sizes(name, n, classes, side, steps, tmp_path):
+    "Empty packs as large as the real ones: an epoch has the paper's number of steps, batches the recipe's shape, and all four fit on a card of 139 GB."
+    images = np.lib.format.open_memmap(tmp_path / "images.npy", "w+", np.uint8, (n, 3, side, side))     # a file with a hole: no byte is written
+    frames = np.tile([86, 128, 341, 256], (n, 1)) if name == "cub" else None
+    split = Split(images, np.arange(n) % classes, [str(k) for k in range(classes)], frames)
+    recipe = Recipe(**checked_recipes(load_profile("paper"))[name])
+    pack = DevicePack(split, "cpu", free=10**9)
+    assert not pack.resident and images.nbytes <= .5 * 139 * 2**30 and f"streamed: {images.nbytes / 1e9:.3g} GB" in pack.why
+    generators = {k: torch.Generator().manual_seed(i) for i, k in enumerate(("sampler", "augment"))}
+    assert len(epoch_batches(recipe, split.labels, torch.Generator().manual_seed(0))) == steps
+    batch, labels = next(iter(training_batches(pack, recipe, generators)))
+    assert batch.shape == (128, 3, 224, 224) and labels.shape == (128,) and not batch.any()
+    make = partial(objectives.make, "cross_entropy", label_smoothing=.1)
+    assert make(num_classes=classes, dim=2048).parts(torch.zeros(128, 2048), labels).total.item() == pytest.approx(math.log(classes), rel=1e-4)   # a classifier of zeros
