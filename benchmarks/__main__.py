@@ -51,7 +51,9 @@ def main(argv=None) -> None:
     if render:
         for part in parts: import_module(f"benchmarks.bench_{part}").render(out)
         return
-    for part in parts: import_module(f"benchmarks.bench_{part}").main(out, **{k: v for k, v in options.items() if k in OPTIONS.get(part, ())})
+    try:
+        for part in parts: import_module(f"benchmarks.bench_{part}").main(out, **{k: v for k, v in options.items() if k in OPTIONS.get(part, ())})
+    except (ValueError, OSError) as e: parser.exit(2, f"{parser.prog} {part}: {e}\n")
 
 
 if __name__ == "__main__": main()

@@ -3,7 +3,7 @@
 Not among the parts that run by default: exact search alone is some minutes of two cores for each round, and at a million
 vectors the indexes take about ten minutes to build. Say `python -m benchmarks search`, with smaller sizes if need be:
 
-    python -m benchmarks search --exact 60502 2048 --sizes 20000 100000 1000000 --dim 128 --queries 1000 --rounds 3 --threads 2
+    python -m benchmarks search --exact 60502 2048 --sizes 20000 100000 1000000 --dim 128 --queries 1000 --rounds 5 --threads 2
     python -m benchmarks search --exact 0 0 --sizes 20000 --embeddings mine.npy        # no exact part; your own embeddings, too
     python -m benchmarks search --run runs/train/omniglot/cross_entropy/s0-...         # and views of a finished run's images, as many as the largest size
 
@@ -86,15 +86,20 @@ def real(file: str, queries: int) -> tuple[np.ndarray, np.ndarray, str]: # galle
     return *asked_apart(np.array(stack.read(slice(0, len(stack))), dtype=np.float32), queries), Path(file).stem
 
 
+def check_run(run: str | Path) -> Path:
+    "The folder of a finished run; ValueError for another."
+    for name, why in (("record.json", "it is no finished run"), ("checkpoint.pt", "its weights were removed")):
+        if not (Path(run) / name).is_file(): raise ValueError(f"{run} has no {name}, so {why}: give a folder runs/train/<data set>/<row>/s<seed>-... that has both")
+    return Path(run)
+
+
 def views(run: str | Path, count: int, block: int = 2048) -> tuple[np.ndarray, str]: # (count, d), name
     "Embeddings of real images by a finished run's encoder: the images as they are, then randomly augmented as in its training, over and over."
     from dml_companion.datasets import load
     from dml_companion.device import augment, draw_table
     from dml_companion.encoders import build_encoder
     from dml_companion.training import Recipe, unsealed
-    run = Path(run)
-    for name in ("record.json", "checkpoint.pt"):
-        if not (run / name).is_file(): raise ValueError(f"{run} has no {name}: give the folder of a finished run, runs/train/<data set>/<row>/s<seed>-...")
+    run = check_run(run)
     recipe = Recipe(**json.loads((run / "record.json").read_text())["recipe"])
     data = load(recipe.dataset, size=recipe.size, **recipe.data_options)
     images = torch.cat([split.batch(np.arange(len(split))) for split in (data.train, data.query)])
@@ -197,7 +202,7 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
          sizes: tuple[int, ...] = SIZES, # of synthetic galleries
          dim: int = DIM, # of synthetic galleries
          queries: int = QUERIES,
-         rounds: int = 3,
+         rounds: int = 5, # of the indexes; exact search at SOP's size, minutes a pass, takes two
          threads: int = 2, # of torch and faiss
          embeddings: str | None = None, # a .npy (.npz, folder): one gallery more
          run: str | None = None, # folder of a finished run: views of its images, as many as the largest size
@@ -205,11 +210,17 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
     "Measure and write search.{csv,md,svg,png} and search_exact.csv, again after every gallery."
     import pandas as pd
     from dml_companion.reproduction import output_folder, save_figure
+    for name, values in dict(sizes=sizes, dim=[dim], queries=[queries], rounds=[rounds], threads=[threads]).items():
+        if min(values) < 1: raise ValueError(f"{name} must be at least 1, got {min(values)}")
+    if min(exact) < 0 or (exact[0] and min(exact[0] - K, exact[1]) < 1): raise ValueError(f"exact search needs more than {K} vectors and a dimension, got {exact[0]} {exact[1]}; 0 0 leaves it out")
+    if min(sizes) <= 2 * K: raise ValueError(f"a gallery needs more than {2 * K} vectors, got {min(sizes)}")
+    if run: check_run(run)                                          # before an hour of other galleries
+    if embeddings: real(embeddings, queries)
     before, folder, rows = torch.get_num_threads(), output_folder(out_folder), []
     torch.set_num_threads(threads)
     try:
         devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])] if exact[0] else []
-        alone = pd.DataFrame([row for device in devices for row in measure_exact(*exact, rounds, device)])
+        alone = pd.DataFrame([row for device in devices for row in measure_exact(*exact, min(rounds, 2), device)])
         if len(alone): alone.to_csv(folder / "search_exact.csv", index=False, float_format="%.4g")
         if len(alone): write_text(folder / "search.md", markdown(pd.DataFrame(), alone))
         galleries = [lambda size=size: (*np.split(synthetic_embeddings(size + queries, dim), [size]), "synthetic") for size in sizes]

@@ -480,4 +480,5 @@ def test_a_gallery_of_views(tmp_path):
     S.main(tmp_path / "bench", exact=(0, 0), sizes=(300,), dim=8, queries=30, rounds=1, threads=1, run=str(tmp_path / "run"))
     table = pd.read_csv(tmp_path / "bench/search.csv")
     assert table[table["index"] == "exact"].n.tolist() == [300, 300] and set(table.data) == {"synthetic", "views of glyphs"}
-    with pytest.raises(ValueError, match="has no record.json: give the folder of a finished run"): S.views(tmp_path, 10)
+    with pytest.raises(ValueError, match="has no record.json, so it is no finished run: give a folder"): S.views(tmp_path, 10)
+    with pytest.raises(ValueError, match="has no record.json"): S.main(tmp_path / "none", exact=(10**6, 10**4), run=str(tmp_path))     # before anything is measured
