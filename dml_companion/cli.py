@@ -502,6 +502,7 @@ def index_build(embeddings: MatrixArgument,
     with in_a_sentence():
         from dml_companion import indexes as I
         given = as_options(set_ or [])
+        I.refuse_unbuildable(index)
         I.refuse_unknown(index, given)
         made = I.build_index(embeddings, output, metric, index, **given)
         options = ", ".join(f"{name} {value}" for name, value in made.options.items())
@@ -520,6 +521,7 @@ def index_query(file: IndexArgument, queries: MatrixArgument,
     with in_a_sentence():
         from dml_companion import indexes as I
         I.found_ending(output)
+        I.not_over(output, file, queries, check)
         setting = as_options(set_ or [])
         made, asked = I.open_index(file, metric), I.open_embeddings(queries)
         gallery = I.indexed(made, I.open_embeddings(check)) if check else None
@@ -665,7 +667,7 @@ def together(row: Annotated[str, typer.Argument(help="A row of the profile.")], 
     if row not in known: give_up(ValueError(f"{row!r} is no row of {profile!r} whose recipe says pipeline: device; known: {', '.join(known) or 'none'}"))
     if not found: give_up(ValueError(f"row {row!r} has no seed {seed}; known: {', '.join(str(j.seed) for j in plan.jobs if j.row == row)}"))
     try: train_cells(found[0], root)
-    except ValueError as e: give_up(e)
+    except (ValueError, RuntimeError, OSError) as e: give_up(e)     # also Collapsed, FolderInUse, DiskFull
     if state.is_main_process: say(f"{found[0].title}: trained by {state.num_processes} processes; dml-companion reproduce --profile {profile} judges it")
 
 

@@ -8,10 +8,10 @@ __all__ = ['KEEP', 'NOISE', 'HARDWARE', 'BUDGET', 'failure_text', 'NotebookFaile
            'follow_front', 'one_gpu', 'thread_limits', 'run_job', 'do_job', 'run_cells', 'train_cells', 'note_failure',
            'Busy', 'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags', 'snakemake_command',
            'guarded_snakemake', 'job_environment', 'start', 'stop', 'Progress', 'epochs_done', 'last_seconds',
-           'past_seconds', 'time_left', 'look', 'duration', 'tail', 'scheduler_says', 'failures', 'clean_text',
-           'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable', 'inside', 'figure_files',
-           'provenance_of', 'front_page', 'refresh_quotes', 'publish', 'among', 'take_over', 'adopt', 'measured',
-           'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
+           'past_seconds', 'time_left', 'look', 'duration', 'tail', 'scheduler_says', 'no_room', 'failures',
+           'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable', 'inside',
+           'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'publish', 'among', 'take_over', 'adopt',
+           'measured', 'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
 import json, math, os, random, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -291,7 +291,7 @@ def load_cluster(name: str, # "slurm": a folder of workflow/cluster; or the path
                          f"(how many at once), got executor {executor!r}, jobs {jobs!r}")
     if not find_spec(f"snakemake_executor_plugin_{executor.replace('-', '_')}"):
         raise ValueError(f"Snakemake's executor {executor!r} is not installed: pip install -e '.[reproduce,cluster]' for "
-                         f"Slurm, else snakemake-executor-plugin-{executor} (Python 3.11 or newer)")
+                         f"Slurm and Kubernetes, else snakemake-executor-plugin-{executor} (Python 3.11 or newer)")
     return Cluster(folder, executor, jobs)
 
 
@@ -450,6 +450,15 @@ def scheduler_says(log: Path) -> dict[str, str]: # output -> message
     return {output: message for message, output in re.findall(block, text, re.M)}
 
 
+def no_room(output: Path, # of a job
+            least: int = 50 * 2**20, # bytes below which a disk counts as full
+           ) -> str: # empty: there is room
+    "Whether a job that left no word may have had no room to leave one in."
+    folder = next(p for p in output.parents if p.is_dir())
+    free = shutil.disk_usage(folder).free
+    return "" if free >= least else f", and the disk of {folder} is full ({free / 2**20:.0f} MB free): make room, then start again; finished work is kept"
+
+
 def failures(plan: Plan, root: Path, log: Path | None = None, # Snakemake's
             ) -> tuple[list[str], list[str]]: # failed jobs described, titles of jobs never begun
     "What went wrong, job by job: from `.error.json`, else from the scheduler and the end of the job's log."
@@ -459,7 +468,7 @@ def failures(plan: Plan, root: Path, log: Path | None = None, # Snakemake's
         error = read_json(beside(root / job.output, "error.json"))
         if error: broken.append(f"{job.title}: {failure_text(error)}\n    log: {job.log}")
         elif set(job.after) & {j.output for j in undone} or not (root / job.log).exists(): never.append(job.title)
-        else: broken.append("\n".join(filter(None, [f"{job.title}: {job.notebook} ended without a word", tail(root / job.log),
+        else: broken.append("\n".join(filter(None, [f"{job.title}: {job.notebook} ended without a word{no_room(root / job.output)}", tail(root / job.log),
                                                      f"    {says.get(job.output, '')}".rstrip(), f"    log: {job.log}"])))
     return broken, never
 

@@ -525,7 +525,7 @@ def predecessor(job: Job, root: Path, ours: set[Path], # outputs of the current 
 def judge(job: Job, root: Path, ours: set[Path] = frozenset()) -> tuple[str, str]: # state, why
     "The state of a job, from the files alone."
     output = root / job.output
-    if is_locked(beside(output, "lock")): return "running", ""
+    if is_locked(beside(output, "lock")) or (job.kind == "train" and is_locked(output.parent / "training.lock")): return "running", ""
     if output.is_file(): return ("changed", why) if (why := spoilt(job, root)) else ("finished", "")
     if error := read_json(beside(output, "error.json")): return "failed", f"{error['ename']}: {error['evalue']}"
     if job.kind == "train" and (output.parent / "checkpoint.pt").is_file():
@@ -597,7 +597,8 @@ def data_digests(recipes: dict[str, dict], # row -> recipe
         try: check_on_data(r, found[key], weights)
         except (ValueError, TypeError, FileNotFoundError, ImportError) as e: raise ValueError(f"row {row!r}: {e}") from None
         names[row] = found[key].digest
-    if absent and not (as_available and names): raise next(iter(absent.values()))
+    if as_available and absent and not names: raise MissingData("\n\n".join(dict.fromkeys(map(str, absent.values()))))       # any one of them would do
+    if absent and not as_available: raise next(iter(absent.values()))
     return names, {row: f"needs the images of {recipes[row]['dataset']}" for row in absent}
 
 

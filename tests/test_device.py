@@ -1,6 +1,7 @@
 "Device batches: one pack in two places, torchvision's draws and torchvision's pictures, and nothing that waits."
 import math
 import os
+import time
 from functools import partial
 from pathlib import Path
 
@@ -153,7 +154,11 @@ def test_streaming_is_one_batch_ahead_passes_errors_on_and_can_be_left():
     batches = DevicePack(split, "cpu", where="stream").batches([[0], [1], [2], [3], [4]])
     assert getattr(split, "given", 0) == 0                               # nothing is read before it is asked for
     next(batches)
-    assert split.given <= 2
+    for _ in range(500):                                                 # while the first is in use, a thread reads the second, and no more
+        if split.given == 2: break
+        time.sleep(.01)
+    time.sleep(.05)
+    assert split.given == 2
     next(batches); next(batches)
     with pytest.raises(OSError, match="the disk is gone"): next(batches)
     left = DevicePack(plain, "cpu", where="stream").batches([[0], [1], [2]])
@@ -199,6 +204,18 @@ def test_each_image_has_its_own_frame():
     assert torch.equal(table[:, COVER], (frames[:, 2] * frames[:, 3] / 4096).float()) and (draw_table(9, (8, 8), Augment(), gen())[:, COVER] == 1).all()
     assert table[1::3, 6].abs().max() < 10 < table[::3, 6].abs().max() < 30
     with pytest.raises(ValueError, match="crop 21 is larger than the images, 30 x 20"): draw_table(300, (64, 64), Augment(), gen(), 21, frames)
+
+
+def test_contrast_in_a_frame_is_that_of_the_picture():
+    "Against torchvision on the uncut picture; the black around it must not count."
+    uncut = torch.randint(256, (6, 3, 30, 50), generator=gen(1), dtype=torch.uint8)
+    square = torch.zeros(6, 3, 64, 64, dtype=torch.uint8); square[:, :, 17:47, 7:57] = uncut
+    config = Augment(crop_scale=(1., 1.), crop_ratio=(5 / 3, 5 / 3), jitter=(0., .6, 0., 0.), jitter_first=True)
+    table = draw_table(6, (64, 64), config, gen(2), frames=torch.tensor([[7, 17, 50, 30]]).expand(6, 4))
+    assert (table[:, BOX] == torch.tensor([7, 17, 50, 30])).all()
+    for image, row, got in zip(uncut, table, augment(square, table, config, 24)):
+        wanted = V.resize(V.adjust_contrast(V.to_dtype(image, torch.float32, scale=True), row[FACTORS][1].item()), [24, 24], antialias=True)
+        assert_close(got, wanted, atol=2e-4, rtol=0)
 
 
 def test_frames_reach_the_batches():

@@ -13,7 +13,7 @@ from dml_companion.datasets import load
 from dml_companion.device import waits
 from dml_companion.encoders import embed
 from dml_companion.objective import catalogue
-from dml_companion.training import Recipe, fit
+from dml_companion.training import Recipe, alone_in, fit
 
 SMALL = dict(max_train_classes=40, max_test_classes=20)
 BASE = dict(encoder_options={"width": 4}, epochs=2, batch_size=32, lr=.1, warmup=5, validation=.25, pipeline="device",
@@ -184,6 +184,12 @@ rows:
     def run(*words, n=None):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m"] if n else ["-m"]
         return subprocess.run([sys.executable, *launch, "dml_companion.cli", *words], cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    from dml_companion.profiles import plan
+    (job,) = [j for j in plan("pair", device="cpu", root=root).jobs if j.row == "snca"]
+    with alone_in((root / job.output).parent):                                           # another process trains it
+        (seen,) = [j for j in plan("pair", device="cpu", root=root).jobs if j.row == "snca"]
+        done = run("together", "snca", "--profile", "pair", "--device", "cpu")
+        assert seen.state == "running" and done.returncode == 2 and "Traceback" not in done.stderr and "another process" in done.stderr, done.stderr
     done = run("together", "snca", "--profile", "pair", "--device", "cpu", n=2)
     assert done.returncode == 0 and "trained by 2 processes" in done.stdout, done.stderr[-3000:]
     (folder,) = (root / "runs/train/glyphs/snca").iterdir()

@@ -476,6 +476,16 @@ def test_failures_without_an_error_file_quote_the_log(tmp_path):
     assert never == ["row, seed 1", "row, seed 2", "row, seed 3", "n"]
 
 
+def test_a_job_that_had_no_room_for_a_word(tmp_path, monkeypatch):
+    from collections import namedtuple
+    plan = toy_plan()
+    for job in plan.jobs: job.log = f"{job.id}.log"
+    R.write_atomic(tmp_path / "t0.log", "a\n")
+    assert "is full" not in E.failures(plan, tmp_path)[0][0]
+    monkeypatch.setattr(E.shutil, "disk_usage", lambda folder: namedtuple("usage", "free")(3 * 2**20))
+    assert "is full (3 MB free): make room, then start again" in E.failures(plan, tmp_path)[0][0]
+
+
 def test_reading_copies_hold_no_folders_progress_bars_or_kernel_chatter(tmp_path):
     secrets = {"/home/me/project": "./", "/home/me": "~/"}
     stream = {"output_type": "stream", "name": "stderr", "text": "[IPKernelApp] WARNING | x\n 50%|█████     | 1/2\nat /home/me/project/a.py and /home/men\n"}

@@ -430,6 +430,19 @@ def test_commands_refuse_in_a_sentence(shelf):
     assert not (shelf / "f.npz").exists() and not (shelf / "k").exists()
 
 
+def test_nothing_that_is_read_is_written_over(tmp_path):
+    np.save(tmp_path / "g.npy", X); np.savez(tmp_path / "q.npz", embeddings=X[:5])
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    g, q, i = (tmp_path / name for name in ("g.npy", "q.npz", "i"))
+    for target in (g, tmp_path / "sub/../g.npy"):
+        assert "is read here, and writing would replace it" in refused("index", "build", g, "-o", target, "--index", "ivf_flat")
+    run("index", "build", g, "-o", i, "--index", "ivf_flat")
+    assert "is read here" in refused("index", "query", i, q, "-o", q, "-k", "3")
+    for target in (i, g): assert "npz or .csv" in refused("index", "query", i, q, "-o", target, "--check", g, "-k", "3")
+    assert "use one of 'ivf_flat', 'ivf_pq', 'hnsw'" in refused("index", "build", g, "-o", i, "--index", "exact")
+    assert {n: (tmp_path / n).read_bytes() for n in before} == before
+
+
 def test_help_needs_no_torch_and_the_module_no_faiss():
     code = ("import sys; from typer.testing import CliRunner; from dml_companion import cli\n"
             "for w in ('build', 'query'): print(CliRunner().invoke(cli.app, ['index', w, '--help']).output)\n"

@@ -143,3 +143,10 @@ def test_packs_of_the_published_sizes(name, n, classes, side, steps, tmp_path):
     assert batch.shape == (128, 3, 224, 224) and labels.shape == (128,) and not batch.any()
     make = partial(objectives.make, "cross_entropy", label_smoothing=.1)
     assert make(num_classes=classes, dim=2048).parts(torch.zeros(128, 2048), labels).total.item() == pytest.approx(math.log(classes), rel=1e-4)   # a classifier of zeros
+
+
+def test_every_result_table_waits_for_the_papers_records():
+    "31 fills its row `ours` from them, so their coming must make it a new job."
+    for path in sorted((ROOT / "workflow/profiles").glob("*.yaml")):
+        tasks = [t for t in load_profile(path.stem).notebooks if Path(t.notebook).stem == "31_retrieval_table"]
+        assert all(t.against == "paper" for t in tasks), path.stem
