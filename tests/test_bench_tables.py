@@ -1,4 +1,5 @@
 "The committed tables of the bench: their verdicts follow from what was measured, and each has a reason where it needs one."
+import json
 import re
 import shutil
 from pathlib import Path
@@ -65,3 +66,40 @@ def test_what_differs_when_compiled_has_a_reason_that_is_tried():
     assert why_unequal("margin, distance-weighted", 16) == DRAWS and why_unequal("contrastive", 16) == ""
     text = (BENCH / "compile.md").read_text()
     assert DRAWS in text and "inductor, which generates code, is not" in text
+
+
+def test_the_search_tables_are_what_the_csv_gives():
+    "Everything but the exact part, whose csv is rounded, word by word; SOP's size and a million vectors, synthetic and real, are there."
+    from benchmarks import bench_search as S
+    table, exact = pd.read_csv(BENCH / "search.csv", keep_default_na=False), pd.read_csv(BENCH / "search_exact.csv")
+    wanted, text = (t.split("**What recall")[1].split("\n\n- AMD")[0].rstrip() for t in (S.markdown(table, exact), (BENCH / "search.md").read_text()))
+    assert wanted.split("\n\n")[:4] == text.split("\n\n")[:4]
+    assert {tuple(v) for v in exact[["n", "d"]].values.tolist()} == {(60_502, 2_048)} and (exact.peak_gb < .1 * exact.matrix_gb).all()
+    assert {("synthetic", 1_000_000), ("views of omniglot", 1_000_000)} <= {*map(tuple, table[["data", "n"]].values.tolist())}
+    assert table.recall.between(0, 1).all() and (table[table["index"] != "exact"].visited < 1.1).all()
+
+
+def test_03b_says_what_the_search_benchmark_found():
+    from benchmarks import bench_search as S
+    prose = json.loads((ROOT / "nbs/01_foundations/03b_search_at_scale.ipynb").read_text())["cells"][-1]["source"]
+    line = next(s for s in "".join(prose).splitlines() if "At a million" in s)
+    table, exact = pd.read_csv(BENCH / "search.csv", keep_default_na=False), pd.read_csv(BENCH / "search_exact.csv").set_index("way")
+    found = {(v["data"], v["n"], v["index"]): v for v in S.verdicts(table)}
+    made, real = (lambda name, d=d: found[d, 1_000_000, name] for d in ("synthetic", "views of omniglot"))
+    ms = lambda v: f"{1e3 * v['best'].seconds:.2g} ms"
+    own = table[(table["index"] == "exact") & (table.n == 1_000_000)].set_index("data").seconds
+    said = [f"{1e3 * own['synthetic']:.1f} ms a query", f"`ivf_flat` {ms(made('ivf_flat'))} after {made('ivf_flat')['build']:.0f} s", f"`hnsw` {ms(made('hnsw'))} after {made('hnsw')['build']:.0f} s",
+            f"after {round(made('ivf_flat')['pays'], -3):,.0f} and {round(made('hnsw')['pays'], -3):,.0f} queries", f"{real('ivf_flat')['best'].setting} of 4,000 cells",
+            f"took {made('ivf_flat')['best'].setting} on", f"needed {ms(real('ivf_flat'))}, `hnsw` {ms(real('hnsw'))}", f"{made('ivf_pq')['top']:.2f} and {real('ivf_pq')['top']:.2f}"]
+    assert not [s for s in said if s not in line], [s for s in said if s not in line]
+    sop = next(s for s in "".join(prose).splitlines() if "At SOP's size" in s)
+    for words in (f"{exact.seconds['euclidean']:.0f} s (Euclidean) and {exact.seconds['cosine']:.0f} s", f"{exact.times_floor['euclidean']:.2f} and {exact.times_floor['cosine']:.2f} times",
+                  f"{exact.peak_gb.max():.2f} GB beside", f"{exact.matrix_gb.max():.1f} GB"): assert words in sop, words
+
+
+def test_the_ladder_in_figures_is_the_program_s():
+    import torch
+    from benchmarks import bench_training as T
+    names = [r.name for r in T.rungs(torch.device("cpu"), False)]
+    table = pd.read_csv(BENCH / "training_cpu.csv")
+    assert table.rung.tolist() == [*names[:-1], T.ITSELF, names[-1]] and T.rung_table(table) in (BENCH / "training_cpu.md").read_text()
