@@ -102,4 +102,6 @@ def test_the_ladder_in_figures_is_the_program_s():
     from benchmarks import bench_training as T
     names = [r.name for r in T.rungs(torch.device("cpu"), False)]
     table = pd.read_csv(BENCH / "training_cpu.csv")
-    assert table.rung.tolist() == [*names[:-1], T.ITSELF, names[-1]] and T.rung_table(table) in (BENCH / "training_cpu.md").read_text()
+    assert table.rung.tolist() == [*names[:-1], T.ITSELF, names[-1]]
+    lines = {line.split(" | ")[0][2:]: line for line in (BENCH / "training_cpu.md").read_text().splitlines() if line.startswith("| ")}
+    for r in table.itertuples(): assert lines[r.rung].endswith(f" | {r.against_first:.2f} | {r.step_against_floor:.2f} |"), r.rung
