@@ -413,7 +413,7 @@ def test_commands_refuse_in_a_sentence(shelf):
     assert "queries have 5 columns and the gallery 12" in refused("index", *query, shelf / "narrow.npy", *answer)
     assert "was built for metric 'euclidean', not 'cosine'" in refused("index", *query, shelf / "q.npy", *answer, "--metric", "cosine")
     assert "unknown metric 'dot'" in refused("index", "build", shelf / "x.npy", "--metric", "dot", "--out", shelf / "k")
-    assert "unknown index 'flat'" in refused("index", "build", shelf / "x.npy", "--index", "flat", "--out", shelf / "k")
+    assert "unknown index to build 'flat': use one of 'ivf_flat', 'ivf_pq', 'hnsw'" in refused("index", "build", shelf / "x.npy", "--index", "flat", "--out", shelf / "k")
     assert "unknown option 'metric' of ivf_pq" in refused("index", "build", shelf / "x.npy", "--out", shelf / "k", "--set", "metric=1")
     assert "write name=value" in refused("index", "build", shelf / "x.npy", "--out", shelf / "k", "--set", "nlist")
     assert "nlist must be a whole number" in refused("index", "build", shelf / "x.npy", "--out", shelf / "k", "--set", "nlist=many")
