@@ -14,29 +14,35 @@ OPTIONS = {"search": ("exact", "sizes", "dim", "queries", "rounds", "threads", "
 RENDERED = ("losses", "compile")                        # can be written anew from what was measured
 
 
+def count(text: str) -> int:
+    "A count from the command line."
+    if (n := int(text)) < 1: raise argparse.ArgumentTypeError(f"must be 1 or more, got {n}")
+    return n
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed against floors and peers.")
     parser.add_argument("parts", nargs="*", help=f"which of {', '.join((*PARTS, *LONG))}; default: {', '.join(PARTS)}")
     parser.add_argument("--out", default="figures/bench", help="folder for csv, md, svg and png")
     parser.add_argument("--render", action="store_true", help=f"measure nothing: write {' and '.join(RENDERED)} anew from their csv")
     search = parser.add_argument_group("search", "may take an hour")
-    search.add_argument("--sizes", nargs="+", type=int, metavar="N", help="sizes of synthetic galleries")
-    search.add_argument("--queries", type=int, metavar="N")
+    search.add_argument("--sizes", nargs="+", type=count, metavar="N", help="sizes of synthetic galleries")
+    search.add_argument("--queries", type=count, metavar="N")
     search.add_argument("--embeddings", metavar="FILE", help="a .npy of your own embeddings: one gallery more")
     search.add_argument("--run", metavar="FOLDER", help="a finished run: views of its images, one gallery more")
     training = parser.add_argument_group("training", "the paper's size on a GPU, a small one elsewhere")
     training.add_argument("--encoder", metavar="NAME")
     training.add_argument("--compile", action="store_true", default=None, help="the compiler's rung on a CPU, too")
-    for name in ("size", "crop", "batch", "steps"): training.add_argument(f"--{name}", type=int, metavar="N")
+    for name in ("size", "crop", "batch", "steps"): training.add_argument(f"--{name}", type=count, metavar="N")
     device = parser.add_argument_group("device", "large sizes on a GPU, small ones elsewhere")
-    for name, what in (("batches", "batch sizes of the losses"), ("classes", "numbers of classes of cross-entropy")): device.add_argument(f"--{name}", nargs="+", type=int, metavar="N", help=what)
+    for name, what in (("batches", "batch sizes of the losses"), ("classes", "numbers of classes of cross-entropy")): device.add_argument(f"--{name}", nargs="+", type=count, metavar="N", help=what)
     shared = parser.add_argument_group("more than one")
     shared.add_argument("--exact", nargs=2, type=int, metavar=("N", "D"), help="search, device: size of exact search; 0 0: leave it out")
-    shared.add_argument("--dim", type=int, metavar="N", help="search, device: of embeddings")
-    for name in ("rounds", "threads"): shared.add_argument(f"--{name}", type=int, metavar="N", help="search, training, device")
+    shared.add_argument("--dim", type=count, metavar="N", help="search, device: of embeddings")
+    for name in ("rounds", "threads"): shared.add_argument(f"--{name}", type=count, metavar="N", help="search, training, device")
     paths = parser.add_argument_group("paths")
     paths.add_argument("--data", metavar="FOLDER", help="holds grocery; default: DML_DATA")
-    for name in ("seeds", "epochs"): paths.add_argument(f"--{name}", type=int, metavar="N")
+    for name in ("seeds", "epochs"): paths.add_argument(f"--{name}", type=count, metavar="N")
     arguments = vars(parser.parse_args(argv))
     render, out = arguments.pop("render"), arguments.pop("out")
     parts = arguments.pop("parts") or (RENDERED if render else PARTS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.bench_training import LoaderRun
+from benchmarks.bench_training import LoaderRun, worker_count
 from benchmarks.common import machine_lines, pipe_table, write_text
 from dml_companion import objectives, training
 from dml_companion.datasets import load
@@ -27,7 +27,7 @@ def curves(data: str | None, seeds: int, recipe: Recipe) -> pd.DataFrame: # path
     images, lines = load(recipe.dataset, root=data, size=recipe.size), []
     make, device = partial(objectives.make, recipe.objective, **recipe.objective_options), training.pick_device()
     train, validation = training.holdout_classes(images.train, recipe.validation, recipe.validation_seed)
-    LoaderRun.workers = 0 if device == "cpu" else max(0, (os.cpu_count() or 1) - 1)
+    LoaderRun.workers = 0 if device == "cpu" else worker_count(recipe.batch_size * 3 * recipe.crop ** 2 * 4)
     for seed in range(seeds):
         for path in PATHS:
             if path.startswith("reference"):

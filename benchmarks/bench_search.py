@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import interleaved, machine_lines, pipe_table, ratio, waited, write_text
 from dml_companion.geometry import chunks, normalize
-from dml_companion.indexes import break_even, make_index, open_embeddings, quickest, sweep, synthetic_embeddings
+from dml_companion.indexes import Stack, break_even, make_index, open_embeddings, quickest, sweep, synthetic_embeddings
 from dml_companion.memory import peak_bytes
 from dml_companion.retrieval import nearest
 
@@ -79,11 +79,11 @@ def curves(gallery: np.ndarray, queries: np.ndarray, data: str, rounds: int, thr
     return rows
 
 
-def real(file: str, queries: int) -> tuple[np.ndarray, np.ndarray, str]: # gallery, queries, name
-    "Own embeddings."
+def opened(file: str, queries: int) -> Stack:
+    "Own embeddings, on disk; ValueError if they are too few."
     stack = open_embeddings(file)
     if len(stack) < 2 * K + queries: raise ValueError(f"{file} has {len(stack)} rows: give more, or fewer --queries than {queries}")
-    return *asked_apart(np.array(stack.read(slice(0, len(stack))), dtype=np.float32), queries), Path(file).stem
+    return stack
 
 
 def check_run(run: str | Path) -> Path:
@@ -115,12 +115,6 @@ def views(run: str | Path, count: int, block: int = 2048) -> tuple[np.ndarray, s
             plain = (number < len(images))[:, None, None, None]
             out[rows] = encoder(torch.where(plain, pixels / 255, varied.clamp(0, 1))).numpy()
     return out, f"views of {recipe.dataset}"
-
-
-def real_views(run: str | Path, count: int, queries: int) -> tuple[np.ndarray, np.ndarray, str]: # gallery, queries, name
-    "Views, some of which ask."
-    x, name = views(run, count + queries)
-    return *asked_apart(x, queries), name
 
 
 def asked_apart(x: np.ndarray, queries: int) -> tuple[np.ndarray, np.ndarray]: # gallery, queries
@@ -215,7 +209,7 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
     if min(exact) < 0 or (exact[0] and min(exact[0] - K, exact[1]) < 1): raise ValueError(f"exact search needs more than {K} vectors and a dimension, got {exact[0]} {exact[1]}; 0 0 leaves it out")
     if min(sizes) <= 2 * K: raise ValueError(f"a gallery needs more than {2 * K} vectors, got {min(sizes)}")
     if run: check_run(run)                                          # before an hour of other galleries
-    if embeddings: real(embeddings, queries)
+    mine = opened(embeddings, queries) if embeddings else None
     before, folder, rows = torch.get_num_threads(), output_folder(out_folder), []
     torch.set_num_threads(threads)
     try:
@@ -223,11 +217,13 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
         alone = pd.DataFrame([row for device in devices for row in measure_exact(*exact, min(rounds, 2), device)])
         if len(alone): alone.to_csv(folder / "search_exact.csv", index=False, float_format="%.4g")
         if len(alone): write_text(folder / "search.md", markdown(pd.DataFrame(), alone))
-        galleries = [lambda size=size: (*np.split(synthetic_embeddings(size + queries, dim), [size]), "synthetic") for size in sizes]
-        if embeddings: galleries.append(lambda: real(embeddings, queries))
-        if run: galleries.append(lambda: real_views(run, max(sizes), queries))
-        for make in galleries:
-            gallery, asked, name = make()
+        made = [lambda size=size: (np.split(synthetic_embeddings(size + queries, dim), [size]), "synthetic") for size in sizes]
+        if mine is not None: made.append(lambda: (asked_apart(np.array(mine.read(slice(0, len(mine))), dtype=np.float32), queries), Path(embeddings).stem))
+        if run:
+            def seen(): x, name = views(run, max(sizes) + queries); return asked_apart(x, queries), name
+            made.append(seen)
+        for make in made:
+            (gallery, asked), name = make()
             rows += curves(gallery, asked, name, rounds, threads)
             table = pd.DataFrame(rows)
             save_figure(draw(table), "search", folder, data=table)

@@ -355,21 +355,24 @@ CANVAS = 2 # side of the square around an uncut picture, in short sides; what is
 
 def laid_out(width: int, height: int, # of a picture
              size: int, # of its short side, scaled
-            ) -> tuple[tuple[int, int], tuple[int, int, int, int]]: # scaled width and height; frame: left, top, width, height
-    "A picture in the middle of its square, so that torchvision's centre crop of the one is the centre crop of the other."
+            ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]: # scaled width and height; left and top; frame
+    """A picture in the middle of its square, so that torchvision's centre crop of the one is the centre crop of the other.
+
+    Left and top are below 0 where it is longer than the square; the frame, left, top, width and height, is what is seen of it."""
     scaled = (size, size * height // width) if width <= height else (size * width // height, size)
     side = CANVAS * size
-    start = [side // 2 - round(n / 2) for n in scaled]                 # below 0: longer than the square
-    return scaled, (*(max(0, p) for p in start), *(min(side, p + n) - max(0, p) for p, n in zip(start, scaled)))
+    start = tuple(side // 2 - round(n / 2) for n in scaled)
+    return scaled, start, (*(max(0, p) for p in start), *(min(side, p + n) - max(0, p) for p, n in zip(start, scaled)))
 
 def published(files: Files, size: int, stretch: bool) -> Files:
     "The same files, each as torchvision's Resize makes it (bilinear, antialiased): squeezed, or uncut in a black square."
     def read(name):
         image, out = Image.open(io.BytesIO(files.read(name))).convert("RGB"), io.BytesIO()
-        scaled = (size, size) if stretch else laid_out(*image.size, size)[0]
-        shrunk = image.resize(scaled, Image.Resampling.BILINEAR)
-        square = shrunk if stretch else Image.new("RGB", (CANVAS * size, CANVAS * size))
-        if not stretch: square.paste(shrunk, tuple(size * CANVAS // 2 - round(n / 2) for n in scaled))
+        if stretch: square = image.resize((size, size), Image.Resampling.BILINEAR)
+        else:
+            scaled, start, _ = laid_out(*image.size, size)
+            square = Image.new("RGB", (CANVAS * size, CANVAS * size))
+            square.paste(image.resize(scaled, Image.Resampling.BILINEAR), start)
         square.save(out, "PPM")
         return out.getvalue()
     return files._replace(read=read)
@@ -379,7 +382,7 @@ def framed(files: Files, # the originals
            size: int, # of the short side, scaled
           ) -> Callable[[int], tuple[int, int, int, int]]: # number of an image -> its frame, from the head of its file
     "Where the picture of each image lies in its square."
-    return lambda i: laid_out(*Image.open(io.BytesIO(files.read(names[i]))).size, size)[1]
+    return lambda i: laid_out(*Image.open(io.BytesIO(files.read(names[i]))).size, size)[2]
 
 def pack_census(name: str, census: Census, size: int, cache: str | Path | None, progress: bool, stretch: bool,
                 official: bool = False, # pixels as the paper's code makes them

@@ -623,7 +623,7 @@ def data_prepare(name: NameArgument, data: DataOption = None, size: SizeOption =
     from dml_companion.benchmarks import prepare
     polite_signals()
     started = time.monotonic()
-    try: done = prepare(name, data, size, cache, err.is_terminal, again, **dict.fromkeys(["official"] * official, True))
+    try: done = prepare(name, data, size, cache, err.is_terminal, again, **({"official": True} if official else {}))
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from here", err)
         raise typer.Exit(130)
@@ -645,7 +645,7 @@ def data_verify(name: NameArgument, data: DataOption = None, size: SizeOption = 
                 digest: DigestOption = None, official: OfficialOption = False) -> None:
     "Judge counts, packed images and digest. Exit code 1 and the reason if they are wrong."
     from dml_companion.benchmarks import BadArchive, BrokenPack, WrongData, verify
-    try: done = verify(name, data, size, cache, digest, err.is_terminal, **dict.fromkeys(["official"] * official, True))
+    try: done = verify(name, data, size, cache, digest, err.is_terminal, **({"official": True} if official else {}))
     except (BadArchive, BrokenPack, WrongData) as e:
         say(f"wrong: {e}", err)
         if isinstance(e, BrokenPack): say(f"to build the pack anew: {again_line(name, data, size, cache, official)}", err)

@@ -31,7 +31,7 @@ def check_compiler(device: torch.device) -> None:
     if device.type != "cuda": return
     try: torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8, device=device))
     except Exception as e: # a compiler may fail in any way
-        raise ValueError(f"torch.compile does not work here ({str(e).strip().splitlines()[0][:200]}): install gcc and the headers of this Python "
+        raise ValueError(f"torch.compile does not work here ({' '.join(repr(e).split())[:200]}): install gcc and the headers of this Python "
                          "(python3-dev), or set TORCH_COMPILE_DISABLE=1 to train without it, slower") from e
 
 class Gather(torch.autograd.Function):

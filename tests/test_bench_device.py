@@ -109,6 +109,12 @@ def test_nothing_is_left_on_the_host():
     D.three_products(z.detach(), 50)()
 
 
+@pytest.mark.parametrize("words", ["device --rounds 0", "device --threads -1", "device --batches 16 0", "training --steps 0", "search --queries 0", "paths --epochs 0"])
+def test_a_count_below_one_is_refused_before_anything_is_measured(words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop: main([*words.split(), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "must be 1 or more" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_options_belong_to_a_part():
     assert "device" in LONG and {"batches", "classes"} <= {*OPTIONS["device"]}
     for words in (["training", "--batches", "3"], ["device", "--steps", "3"], ["device", "--sizes", "3"], ["losses", "--exact", "70", "8"], ["device", "--batches"]):

@@ -89,6 +89,16 @@ def test_a_changed_output_runs_again_by_hand(root):
 # ---------------------------------------------------------------- jobs that go through
 
 
+def wants_gpu(root):
+    "The toy project's training wants a GPU and three threads, and writes down the environment of its job."
+    note = 'import os\nassert device == "cuda"\n(root / f"{row}.env").write_text(json.dumps(dict(os.environ)))\ndone = int'
+    fields = "\n".join(f"{k} = {v!r}" for k, v in P.checked_recipes(P.load_profile("toy", root))["small"].items())
+    write_notebook(root / "nbs/train.ipynb", f"# params\nrow = ''\nseed = 0\ndata = ''\ndevice = ''\nfolder = ''\n{fields}",
+                   TRAIN.replace("done = int", note), RECORD)
+    write_profile(root, rows={"small": {"recipe": {"epochs": 0, "encoder_options": {"width": 8}}}}, notebooks=[{"notebook": "nbs/table.ipynb"}],
+                  resources={"threads_per_run": 3})
+
+
 @pytest.fixture
 def slurm(root, tmp_path, monkeypatch):
     "The toy project, the shipped GPU profile asked to look after its jobs sooner, and a Slurm on the PATH."
@@ -96,12 +106,7 @@ def slurm(root, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{bin}{os.pathsep}{os.environ['PATH']}")
     quick = "latency-wait: 120", "slurm-init-seconds-before-status-checks: 10\nlatency-wait: 9"
     R.write_atomic(root / "workflow/cluster/slurm-gpu/config.yaml", (ROOT / "workflow/cluster/slurm-gpu/config.yaml").read_text().replace(*quick))
-    note = 'import os\nassert device == "cuda"\n(root / f"{row}.env").write_text(json.dumps(dict(os.environ)))\ndone = int'
-    fields = "\n".join(f"{k} = {v!r}" for k, v in P.checked_recipes(P.load_profile("toy", root))["small"].items())
-    write_notebook(root / "nbs/train.ipynb", f"# params\nrow = ''\nseed = 0\ndata = ''\ndevice = ''\nfolder = ''\n{fields}",
-                   TRAIN.replace("done = int", note), RECORD)
-    write_profile(root, rows={"small": {"recipe": {"epochs": 0, "encoder_options": {"width": 8}}}}, notebooks=[{"notebook": "nbs/table.ipynb"}],
-                  resources={"threads_per_run": 3})
+    wants_gpu(root)
     return bin
 
 

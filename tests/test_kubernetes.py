@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 import fake_kubectl
-from dml_companion import datasets, engine as E, profiles as P, reproduction as R
-from test_cluster import shipped
-from test_engine import RECORD, TRAIN, begin, command, edit, root, states, until, write_notebook, write_profile
+from dml_companion import datasets, engine as E, reproduction as R
+from test_cluster import shipped, wants_gpu
+from test_engine import begin, command, edit, root, states, until
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "workflow/cluster/kubernetes"
@@ -279,12 +279,7 @@ def cluster(root, kubectl, tmp_path):
     shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("__pycache__"))
     edit(folder / "config.yaml", "latency-wait: 120", "seconds-between-status-checks: 1\nlatency-wait: 9")
     fill_in(folder, tmp_path)
-    note = 'import os\nassert device == "cuda"\n(root / f"{row}.env").write_text(json.dumps(dict(os.environ)))\ndone = int'
-    fields = "\n".join(f"{k} = {v!r}" for k, v in P.checked_recipes(P.load_profile("toy", root))["small"].items())
-    write_notebook(root / "nbs/train.ipynb", f"# params\nrow = ''\nseed = 0\ndata = ''\ndevice = ''\nfolder = ''\n{fields}",
-                   TRAIN.replace("done = int", note), RECORD)
-    write_profile(root, rows={"small": {"recipe": {"epochs": 0, "encoder_options": {"width": 8}}}}, notebooks=[{"notebook": "nbs/table.ipynb"}],
-                  resources={"threads_per_run": 3})
+    wants_gpu(root)
     yield kubectl
     for p in psutil.process_iter():
         try:
