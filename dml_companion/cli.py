@@ -660,12 +660,18 @@ def together(row: Annotated[str, typer.Argument(help="A row of the profile.")], 
     "Train one run in all processes that `accelerate launch` started; `reproduce` finds it trained and judges it."
     from accelerate import PartialState
     from dml_companion.engine import train_cells
+    from dml_companion.profiles import checked_recipes, load_profile, seeds_of
+    from dml_companion.reproduction import project_root
+    try: # names first: images may be missing, and packing them takes minutes
+        asked = load_profile(profile, project_root())
+        known = [name for name, recipe in checked_recipes(asked).items() if recipe.get("pipeline") == "device"]
+        if row not in known: raise ValueError(f"{row!r} is no row of {profile!r} whose recipe says pipeline: device; known: {', '.join(known) or 'none'}")
+        if seed not in (seeds := seeds_of(asked, row)): raise ValueError(f"row {row!r} has no seed {seed}; known: {', '.join(map(str, seeds))}")
+    except (ValueError, FileNotFoundError) as e: give_up(e)
     state = PartialState(cpu=device == "cpu")
     with state.main_process_first(): root, plan = make_plan(profile, data, device, None, weights=weights)      # the first one packs the images
+    if row in plan.left_out: give_up(ValueError(f"row {row!r} cannot be run: {plan.left_out[row]}"))
     found = [j for j in plan.jobs if j.kind == "train" and (j.row, j.seed) == (row, seed)]
-    known = dict.fromkeys(j.row for j in plan.jobs if j.kind == "train" and j.recipe.get("pipeline") == "device")
-    if row not in known: give_up(ValueError(f"{row!r} is no row of {profile!r} whose recipe says pipeline: device; known: {', '.join(known) or 'none'}"))
-    if not found: give_up(ValueError(f"row {row!r} has no seed {seed}; known: {', '.join(str(j.seed) for j in plan.jobs if j.row == row)}"))
     try: train_cells(found[0], root)
     except (ValueError, RuntimeError, OSError) as e: give_up(e)     # also Collapsed, FolderInUse, DiskFull
     if state.is_main_process: say(f"{found[0].title}: trained by {state.num_processes} processes; dml-companion reproduce --profile {profile} judges it")

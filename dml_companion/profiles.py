@@ -552,9 +552,9 @@ class Plan(Strict):
     def left(self) -> list[Job]: return [j for j in self.jobs if j.state != "finished"]
 
     def slow(self) -> str: # empty: nothing to say
-        "Says how many runs are left that want a GPU, where none will be used."
+        "Says how many runs are left that want a GPU, where none will be used and the profile does not say how long it takes without one."
         runs = [j for j in self.left() if j.recipe.get("pipeline") == "device" and j.recipe["epochs"]]
-        return "" if self.gpus or not runs else (f"{len(runs)} training runs are left that are meant for a GPU (pipeline: device), and none is used here: "
+        return "" if self.gpus or self.minutes or not runs else (f"{len(runs)} training runs are left that are meant for a GPU (pipeline: device), and none is used here: "
                                                  "they run on the CPU as well, many times slower")
 
     def not_run(self) -> dict[str, list[str]]: # why -> rows

@@ -1,4 +1,4 @@
-"Profiles of full size: the rows of the CPU's tables for whoever has a GPU; `like`, `against`, and notebook 31d, on runs of a size that a test can pay."
+"Profiles of full size, for whoever has a GPU, and of the CPU's size on the device's path; `like`, `against`, and notebook 31d, on runs of a size that a test can pay."
 import csv
 import math
 from pathlib import Path
@@ -14,6 +14,7 @@ from dml_companion.profiles import Job, Plan, checked_recipes, load_profile, pla
 ROOT = Path(__file__).parents[1]
 AGAIN = "nbs/04_experiments/31d_the_same_rows_again.ipynb"
 FULL = {"omniglot_full": "omniglot", "grocery_full": "grocery", "family_full": "family"}
+PATH = {"grocery_device": "grocery", "family_device": "family"} # the same size
 LARGER = {"omniglot_full": dict(size=64, encoder_options={"width": 64}, epochs=40, patience=40), "family_full": dict(size=64, encoder_options={"width": 64}, epochs=40, patience=40),
           "grocery_full": dict(size=128, epochs=30, patience=30, warmup=100)}
 
@@ -39,6 +40,18 @@ def test_the_same_tables_are_drawn_and_compared(name, small):
     full, base = load_profile(name), load_profile(small)
     of = lambda profile: {t.notebook for t in profile.notebooks} - {AGAIN, "nbs/04_experiments/32_ce_and_spce.ipynb"}
     assert of(full) == of(base) and [t.against for t in full.notebooks if t.notebook == AGAIN] == [small]
+
+
+@pytest.mark.parametrize("name, host", PATH.items())
+def test_the_path_alone_is_changed(name, host):
+    path, base = load_profile(name), load_profile(host)
+    recipes, before = checked_recipes(path), checked_recipes(base)
+    assert list(path.rows) == list(base.rows) and (path.data, path.seeds, path.tuned_by) == (base.data, base.seeds, base.tuned_by) and path.minutes
+    for row, recipe in recipes.items():
+        assert before[row] | {"pipeline": "device", "precision": "bf16"} == recipe != before[row] and path.rows[row] == base.rows[row], row
+    assert [t.against for t in path.notebooks if t.notebook == AGAIN] == [host]
+    path.data.options, path.notebooks = {"max_train_classes": 24, "max_test_classes": 24}, []
+    if host == "family": assert plan(path, device="cpu", root=ROOT).slow() == ""                       # its minutes are known
 
 
 def test_runs_of_both_sizes_never_meet():
@@ -105,7 +118,7 @@ def test_a_circle_and_a_bad_key_are_refused(project):
 
 
 def test_no_other_profile_is_like_one(project):
-    assert {name for name in profile_names(ROOT) if "like" in read_yaml(ROOT / f"workflow/profiles/{name}.yaml")} == set(FULL)
+    assert {name for name in profile_names(ROOT) if "like" in read_yaml(ROOT / f"workflow/profiles/{name}.yaml")} == {*FULL, *PATH}
 
 
 # ---- against
