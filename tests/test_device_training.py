@@ -1,8 +1,9 @@
 "The run on the device: what it shares with the run of 05, what waits, and what a batch of several processes is."
-import json, os, subprocess, sys
+import json, os, random, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch.testing import assert_close
@@ -121,12 +122,14 @@ CALM = dict(encoder_options={"width": 4}, norm="layer", freeze_bn=True, epochs=3
             augment={"degrees": 5., "translate": .05})
 
 
-def together(folder, n, cut=-1, **changes):
+def launched(folder, n, cut=-1, **changes):
     folder.mkdir(exist_ok=True)
     (folder / "script.py").write_text(SCRIPT)
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(folder / "script.py"),
-                           json.dumps({**CALM, **changes}), str(folder), str(cut)], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return dict(args=[sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(folder / "script.py"),
+                      json.dumps({**CALM, **changes}), str(folder), str(cut)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def together(folder, n, cut=-1, **changes): return subprocess.run(**launched(folder, n, cut, **changes), capture_output=True, text=True, timeout=300)
 
 
 def kept(folder): return torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -154,6 +157,34 @@ def test_two_processes_that_were_stopped_go_on(tmp_path):
     assert "Stop" in stopped.stderr and kept(tmp_path / "cut")["epoch"] == 2
     assert together(tmp_path / "cut", 2, **kind).returncode == 0
     for a, b in zip(kept(tmp_path / "whole")["encoder"].values(), kept(tmp_path / "cut")["encoder"].values()): assert torch.equal(a, b)
+
+
+def kill_within(folder, seconds, one, **kind):
+    "Start two processes and kill both, or the second alone, some seconds after they saved an epoch; the epochs that are kept."
+    saved = lambda: (folder / "checkpoint.pt").stat().st_mtime_ns if (folder / "checkpoint.pt").exists() else 0
+    before, launcher = saved(), subprocess.Popen(**launched(folder, 2, **kind), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while saved() == before and launcher.poll() is None: time.sleep(.01)
+    time.sleep(seconds)
+    ranks = sorted((p for p in psutil.Process(launcher.pid).children(recursive=True) if str(folder) in " ".join(p.cmdline())), key=lambda p: p.environ()["RANK"])
+    assert len(ranks) == 2
+    for p in ranks[1:] if one else [psutil.Process(launcher.pid), *ranks]: p.kill()
+    assert launcher.wait(timeout=120) != 0
+    psutil.wait_procs(ranks, timeout=30)
+    return kept(folder)["epoch"]
+
+
+def test_two_processes_killed_at_random_moments(tmp_path):
+    "Both at once, as by a failing machine, or one of them, whose death the launcher tells the other."
+    kind, rng = dict(KINDS[0], epochs=20, lr=.002), random.Random(0)
+    assert together(tmp_path / "whole", 2, **kind).returncode == 0
+    whole, cut = kept(tmp_path / "whole"), tmp_path / "cut"
+    epoch = sum(e.get("seconds", 0) for e in whole["history"]) / 20
+    reached = [kill_within(cut, rng.uniform(0, 2 * epoch), one=bool(i % 2), **kind) for i in range(4)]
+    assert reached == sorted(set(reached)) and 0 < reached[0] and reached[-1] < 20, reached
+    assert together(cut, 2, **kind).returncode == 0
+    for a, b in zip(whole["encoder"].values(), kept(cut)["encoder"].values(), strict=True): assert torch.equal(a, b)
+    untimed = lambda history: [{k: v for k, v in e.items() if k != "seconds"} for e in history]
+    assert untimed(kept(cut)["history"]) == untimed(whole["history"])
 
 
 @pytest.mark.parametrize("changes, words", [
