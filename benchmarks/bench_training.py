@@ -185,8 +185,8 @@ def rungs(device: torch.device, compiling: bool) -> list[Rung]:
     return [r._replace(compiled=r.compiled and compiling) for r in (*steps, floor)]
 
 
-def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int, compiling: bool) -> "pd.DataFrame":
-    "Images a second of every rung, of the run itself and of the floor."
+def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int, compiling: bool) -> "Iterator[pd.DataFrame]":
+    "Images a second of every rung, of the run itself and of the floor: the table so far, each time that it has grown."
     import pandas as pd
     peak = next((v for k, v in PEAKS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), math.nan)
     flops, lines = step_flops(recipe), []
@@ -194,25 +194,28 @@ def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, round
         speed = recipe.batch_size / statistics.median(spent)
         print(f"{name:36} {speed:9.1f} images/s", flush=True)
         return dict(rung=name, images_per_second=speed, low=recipe.batch_size / max(spent), high=recipe.batch_size / min(spent), flops_per_image=flops, share_of_peak=speed * flops / peak)
-    for rung in rungs(device, compiling):
+    def table(judged=math.nan):
+        found = pd.DataFrame(lines).assign(judged_per_second=1 / judged)
+        return found.assign(against_first=found.images_per_second / found.images_per_second[0], step_against_floor=found.images_per_second.iloc[-1] / found.images_per_second)
+    *steep, floor = rungs(device, compiling)
+    for rung in (floor, *steep):
         torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = rung.tf32, True
         torch._dynamo.reset()
         try:
             batches = feed(split, recipe, rung, device, workers)
-            if rung.name.startswith("floor"): batches = repeat(next(batches))
+            if rung is floor: batches = repeat(next(batches))
             spent = timed(make_step(recipe, rung, device), batches, steps, rounds, device)
         finally: torch.set_float32_matmul_precision("highest")
-        lines.append(line(rung.name, spent))
+        lines.insert(len(lines) - 1 if lines else 0, line(rung.name, spent))          # the floor stands last
         del batches
+        if rung is not floor: yield table()
     torch.set_float32_matmul_precision("high")
     torch._dynamo.reset()
     try: spent, judged = run_itself(recipe, split, device, rounds)
     finally: torch.set_float32_matmul_precision("highest")
     lines.insert(-1, line(ITSELF, spent))
-    table = pd.DataFrame(lines).assign(judged_per_second=1 / statistics.median(judged))
-    first, floor = table.images_per_second.iloc[0], table.images_per_second.iloc[-1]
-    return table.assign(against_first=table.images_per_second / first, step_against_floor=floor / table.images_per_second)
+    yield table(statistics.median(judged))
 
 
 def defaults(device: torch.device) -> dict:
@@ -250,18 +253,22 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
     recipe = Recipe(encoder=use["encoder"], size=use["size"], crop=use["crop"], pipeline="device", batch_size=use["batch"], freeze_bn=use["encoder"] != "convnet", dropout=.5,
                     augment=Augment(crop_scale=(.16, 1.), flip=True, jitter=(.25, .25, .25, 0.), jitter_first=True))
     workers = worker_count(use["batch"] * 3 * use["crop"] ** 2 * 4)
-    with tempfile.TemporaryDirectory() as folder:
-        table = ladder(recipe, noise(use["images"], use["size"], Path(folder)), device, use["steps"], rounds, workers, compile or device.type == "cuda")
     name, folder = f"training_{'gpu' if device.type == 'cuda' else 'cpu'}", Path(out)
-    about = (f"{use['encoder']}, {use['crop']} of {use['size']} pixels, batches of {use['batch']}, {table.flops_per_image.iloc[0] / 1e9:.2f} GFLOP an image (forward and backward, counted by torch). "
+    about = (f"{use['encoder']}, {use['crop']} of {use['size']} pixels, batches of {use['batch']}, {step_flops(recipe) / 1e9:.2f} GFLOP an image (forward and backward, counted by torch). "
              f"Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets. Each rung adds to the one before it. DataLoader: {workers} worker processes. The run itself: 05c's, with its bookkeeping; "
              "beside its steps it draws an epoch's table and waits at the end. Torch allows TF32 in convolutions unless told otherwise: what most scripts do lies between the first two rungs.")
     where = [] if device.type == "cuda" else ["**No GPU here: the same ladder on the CPU, small.** It says nothing about a GPU: there is no TF32, and what a GPU gains from bf16, channels last "
                                               "and batches that lie beside the net, a CPU may lose."]
     paper = device.type == "cuda" and use["encoder"] == "resnet50" and use["crop"] == 224
-    write_text(folder / f"{name}.md", "\n\n".join(["# A training step, rung by rung", *where, about, rung_table(table), recipe_hours(table.iloc[-2].images_per_second, table.judged_per_second.iloc[0]) if paper else
-        "What the paper's four recipes would take is left out: that wants ResNet-50 at 224 pixels on a GPU.", "\n".join(machine_lines())]))
-    table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    machine = machine_lines()
+    def hours(table):
+        if not paper: return "What the paper's four recipes would take is left out: that wants ResNet-50 at 224 pixels on a GPU."
+        run = table[table.rung == ITSELF]
+        return recipe_hours(run.images_per_second.iloc[0], run.judged_per_second.iloc[0]) if len(run) else "The run itself was not measured yet."
+    with tempfile.TemporaryDirectory() as images:
+        for table in ladder(recipe, noise(use["images"], use["size"], Path(images)), device, use["steps"], rounds, workers, compile or device.type == "cuda"):
+            write_text(folder / f"{name}.md", "\n\n".join(["# A training step, rung by rung", *where, about, rung_table(table), hours(table), "\n".join(machine)]))
+            table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")          # every rung is kept when it is measured
     print(f"wrote {folder}/{name}.md, .csv")
 
 

@@ -31,6 +31,16 @@ def test_the_ladder_is_climbed_and_its_arithmetic_holds(tmp_path, monkeypatch):
         with pytest.raises(SystemExit): main(words)
 
 
+def test_a_ladder_that_is_stopped_keeps_the_rungs_it_climbed(tmp_path, monkeypatch):
+    "Killed while the run itself is measured: every rung and the floor are written."
+    monkeypatch.setattr(T, "worker_count", lambda batch_bytes: 0)
+    monkeypatch.setattr(T, "run_itself", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): T.main(tmp_path, size=24, crop=16, batch=8, steps=1, rounds=1)
+    table = pd.read_csv(next(tmp_path.glob("*.csv")))
+    assert table.rung.tolist() == [r.name for r in T.rungs(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.is_available())]
+    assert table.step_against_floor.notna().all() and table.judged_per_second.isna().all() and T.ITSELF not in next(tmp_path.glob("*.md")).read_text().split("The run itself:")[0]
+
+
 def test_workers_are_as_many_as_cores_and_shared_memory_allow():
     assert 0 <= T.worker_count(2**20) <= 16 and T.worker_count(2**60) == 0
 
