@@ -798,7 +798,8 @@ def step_bytes(encoder: nn.Module, # any device; not changed
         if (place := t.untyped_storage().data_ptr()) not in known: saved[place] = t.untyped_storage().nbytes()
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        parts = objective.parts(encoder(images), labels)       # keeps the graph, and so the storages, alive
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"): z = encoder(images)
+        parts = objective.parts(z.float(), labels)             # keeps the graph, and so the storages, alive
     moments = int(recipe.momentum > 0) if recipe.optimizer == "sgd" else 2
     return sum(saved.values()) + (2 + moments) * sum(p.numel() * p.element_size() for p in own)
 

@@ -1,4 +1,4 @@
-# stands for 90460001ca3c734a464f6555f9b791f9aaeb2a9eef34ce02c2824e67b82c2636
+# stands for acabd532981fc86a9d1c815e9179fa392c14b25a945ce97fa254156a4a1bb924
 def step_bytes(encoder: nn.Module, # any device; not changed
                objective: Objective, # likewise
                recipe: Recipe, # augmentation is left out: it needs no gradient
