@@ -282,6 +282,8 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
     from dml_companion.reproduction import output_folder, save_figure
     device, before, precision = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads(), torch.get_float32_matmul_precision()
     use = SIZES[device] | {k: v for k, v in dict(batches=batches, classes=classes, exact=exact, rounds=rounds).items() if v is not None}
+    if min(use["exact"]) < 0 or 0 < use["exact"][0] <= K or (use["exact"][0] and not use["exact"][1]):
+        raise ValueError(f"exact search needs more than {K} vectors and a dimension, got {use['exact'][0]} {use['exact'][1]}; 0 0 leaves it out")
     folder, rows, raw = output_folder(out_folder), [], []
     torch.set_num_threads(threads or before)
     torch.set_float32_matmul_precision("highest")

@@ -77,6 +77,8 @@ def main(out: str = "figures/bench", data: str | None = None, seeds: int = 10, e
     apart = both[~both.overlap].epoch.tolist()
     rows = [[str(r.epoch), f"{r.reference:.3f} ± {r.reference_half:.3f}", f"{r.device:.3f} ± {r.device_half:.3f}", f"{r.difference:+.3f} ± {r.half:.3f}", "yes" if r.overlap else "no"] for r in both.itertuples()]
     verdict = "The intervals overlap after every epoch." if not apart else f"The intervals do not overlap after epoch {', '.join(map(str, apart))}."
+    told = both[both.difference.abs() > both.half].epoch.tolist()
+    verdict += f" The paired differences exclude zero after {'no epoch' if not told else 'epoch ' + ', '.join(map(str, told))}."
     write_text(folder / "training_paths.md", "\n\n".join(["# The DataLoader's path and the device's",
         f"Recall@1 of held-out training classes of Grocery, {recipe.crop} of {recipe.size} pixels, {recipe.encoder}, {seeds} seeds: mean and half width of the 95 % interval. {verdict}",
         pipe_table(["epoch", "DataLoader", "device", "difference, same seed", "intervals overlap"], rows), "\n".join(machine_lines())]))

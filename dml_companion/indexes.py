@@ -187,13 +187,13 @@ def open_embeddings(path: str | Path, # a .npy, an .npz that `dml-companion embe
 def _ready(block: np.ndarray, # (r, d)
            metric: str,
            name: str, # for the message
-           first: int = 0, # number of the first row
+           numbers: range | np.ndarray | None = None, # of the rows, for the message; None: from 0 on
           ) -> np.ndarray: # (r, d) float32, contiguous
     "Rows as an index wants them. Raises ValueError on rows without an answer."
     with np.errstate(over="ignore"): x = torch.from_numpy(np.array(block, dtype=np.float32, order="C"))
     peak = x.abs().amax(1)
     def refuse(bad, what):
-        if bad.any(): raise ValueError(f"{name}: {int(bad.sum())} of {len(x)} rows {what}; the first is row {first + int(bad.nonzero()[0])}")
+        if bad.any(): raise ValueError(f"{name}: {int(bad.sum())} of {len(x)} rows {what}; the first is row {(range(len(x)) if numbers is None else numbers)[int(bad.nonzero()[0])]}")
     refuse(~x.isfinite().all(1), "have a NaN, an infinity or a number too large for float32: leave them out")
     if metric == "cosine":
         refuse(peak <= 1e-12, "are zero and have no direction: leave them out, or use metric='euclidean'")
@@ -291,7 +291,7 @@ def _apply(index: Index, setting: dict[str, int]) -> None:
 
 def _ask(index: Index, stack: Stack, rows: slice, k: int, own: bool) -> tuple[Tensor, Tensor]: # (r, k) each
     "Neighbours of a block of queries; where the query itself is left out, one more is asked for."
-    block = _ready(stack.read(rows), index.metric, "queries", rows.start)
+    block = _ready(stack.read(rows), index.metric, "queries", range(rows.start, rows.stop))
     squares, columns = map(torch.from_numpy, index.handle.search(block, k + own))
     return _arrange(squares, columns, k, index.metric, torch.arange(rows.start, rows.stop) if own else None)
 
@@ -307,13 +307,13 @@ def make_index(embeddings: Tensor | ArrayLike | Stack, # (N, d) float, the galle
     stack = _stack(embeddings, "gallery")
     o, faiss, seen, start = index_options(index, *stack.shape, **options), _faiss(index), hashlib.sha256(), time.perf_counter()
     handle = _empty_index(faiss, index, stack.shape[1], o)
-    if not handle.is_trained: handle.train(_ready(stack.take(_train_rows(stack, o)), metric, "training rows of the gallery"))
+    if not handle.is_trained: handle.train(_ready(stack.take(rows := _train_rows(stack, o)), metric, "training rows of the gallery", rows))
     faiss.omp_set_num_threads(o.get("threads", torch.get_num_threads()))
     try:
         for rows in stack.blocks():
             block = np.ascontiguousarray(stack.read(rows), dtype=np.float32)
             seen.update(block)
-            handle.add(_ready(block, metric, "gallery", rows.start))
+            handle.add(_ready(block, metric, "gallery", range(rows.start, rows.stop)))
     finally: faiss.omp_set_num_threads(torch.get_num_threads())
     return Index(index, metric, *stack.shape, o, seen.hexdigest(), handle, time.perf_counter() - start)
 
@@ -349,7 +349,7 @@ def rerank(queries: Tensor | ArrayLike, # (n, d) float
         near = candidates[rows].cpu()
         lines, place = np.unique(near.clamp_min(0).numpy(), return_inverse=True)
         points = torch.from_numpy(_ready(stack.take(lines), metric, "gallery"))[torch.from_numpy(place).view(near.shape)]
-        q = torch.from_numpy(_ready(asked.read(rows), metric, "queries", rows.start))
+        q = torch.from_numpy(_ready(asked.read(rows), metric, "queries", range(rows.start, rows.stop)))
         parts.append(_arrange((points - q[:, None]).square().sum(-1), near, k, metric))
     return tuple(torch.cat(p).to(candidates.device) for p in zip(*parts))
 

@@ -599,7 +599,7 @@ def data_digests(recipes: dict[str, dict], # row -> recipe
         names[row] = found[key].digest
     if as_available and absent and not names: raise MissingData("\n\n".join(dict.fromkeys(map(str, absent.values()))))       # any one of them would do
     if absent and not as_available: raise next(iter(absent.values()))
-    return names, {row: f"needs the images of {recipes[row]['dataset']}" for row in absent}
+    return names, {row: f"needs the images of {recipes[row]['dataset']}, see dml-companion data list" for row in absent}
 
 
 def check_on_data(recipe: dict, # complete

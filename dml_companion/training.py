@@ -453,7 +453,7 @@ def save_checkpoint(state: dict, # plain tensors and numbers
 def load_checkpoint(path: Path, # folder / checkpoint.pt
                     identity: dict, # what the run is: recipe, seed, data digest
                    ) -> dict | None: # None when there is none
-    """Read the last whole checkpoint of this very run; a damaged one is put aside, with a warning.
+    """Read the last whole checkpoint of this very run, with a warning where it is not the last one: damaged ones are put aside.
 
     Raises ValueError when it belongs to another run, or when no whole one is left."""
     damage = ""
@@ -467,6 +467,8 @@ def load_checkpoint(path: Path, # folder / checkpoint.pt
         if damage:
             warnings.warn(f"{damage}; going on from {file.name}, epoch {state['epoch']}", stacklevel=2)
             if path.exists(): os.replace(path, path.with_suffix(".damaged"))
+        elif file != path:
+            warnings.warn(f"{path} is missing; going on from {file.name}, epoch {state['epoch']}: delete that, too, to train from the start", stacklevel=2)
         return state
     if damage: raise ValueError(f"{damage}, and there is no whole one before it: delete it to train from the start")
 
@@ -837,7 +839,7 @@ class Snapshots:
         target, files = self.folder.with_suffix(".npz"), {e: self.folder / f"{e:04d}.npz" for e in sorted(self.epochs)}
         if target.exists(): shutil.rmtree(self.folder, ignore_errors=True); return target        # merged before
         for file in files.values():
-            if not file.exists(): raise ValueError(f"{file} is missing: delete the run's checkpoint.pt to train it again")
+            if not file.exists(): raise ValueError(f"{file} is missing: delete the run's checkpoint.pt and checkpoint.previous.pt to train it again")
         found = [dict(np.load(file)) for file in files.values()]
         together = {k: np.stack([f[k] for f in found]) for k in found[0]}
         save_atomic(packed(epoch=np.array(list(files)), **together, **labels), target)

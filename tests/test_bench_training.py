@@ -27,6 +27,8 @@ def test_the_ladder_is_climbed_and_its_arithmetic_holds(tmp_path, monkeypatch):
     assert ("disturbed them" in text) == ((table.high / table.low).max() >= T.STEADY)
     hours = sum(e * (n / 1000 + m / 4000) for e, n, m in T.RECIPES.values()) / 3600
     assert f"| all four |  | {hours:.2f} |" in T.recipe_hours(1000., 4000.) and "| CUB | 30 × (5,864 / 1,000 + 5,924 / 4,000) | 0.06 |" in T.recipe_hours(1000., 4000.)
+    whole = pd.DataFrame([dict(rung=name, against_first=a, step_against_floor=b) for name, a, b in ((T.LADDER[0].name, 1., 6.), (T.ITSELF, 5., 1.3))])
+    assert [line.endswith(", met") for line in T.targets(whole, 1.1).splitlines()[2:]] == [True, False, True]
     for words in (["--seeds", "3"], ["losses", "--steps", "3"], ["training", "--data", "x"]):
         with pytest.raises(SystemExit): main(words)
 
@@ -87,4 +89,5 @@ def test_both_paths_train_on_photographs(tmp_path):
     table = pd.read_csv(tmp_path / "training_paths.csv")
     assert set(table.path) == set(P.PATHS) and (table.groupby(["seed", "epoch"]).size() == 2).all()
     start = table[table.epoch == 0].groupby("seed").recall.nunique()
-    assert (start == 1).all() and "after every epoch" in (tmp_path / "training_paths.md").read_text() or "do not overlap" in (tmp_path / "training_paths.md").read_text()
+    text = (tmp_path / "training_paths.md").read_text()
+    assert (start == 1).all() and ("The intervals overlap after every epoch" in text) != ("The intervals do not overlap after epoch" in text)

@@ -312,8 +312,8 @@ def test_what_is_written_is_whole_or_the_old_one(made, tmp_path, monkeypatch):
 
 # ---- refusals
 
-BAD, ZERO = X.copy(), X.copy()
-BAD[4, 1], ZERO[3] = np.nan, 0
+BAD, ZERO, LATE = X.copy(), X.copy(), X.copy()
+BAD[4, 1], ZERO[3], LATE[599, 0] = np.nan, 0, np.nan
 
 
 @pytest.mark.parametrize("call,message", [
@@ -330,6 +330,7 @@ BAD[4, 1], ZERO[3] = np.nan, 0
     (lambda: I.search(Q, X, 3, index="hnsw", refine=.5), "refine must be a whole number of at least 1, got 0.5"),
     (lambda: I.search(Q[:, :5], X, 3, index="hnsw"), "queries have 5 columns and the gallery 12"),
     (lambda: I.search(Q, BAD, 3, index="hnsw"), "gallery: 1 of 600 rows have a NaN, .*the first is row 4"),
+    (lambda: I.make_index(LATE, "euclidean", "ivf_flat", train=400), "training rows of the gallery: 1 of 400 rows have a NaN, .*the first is row 599"),
     (lambda: I.search(BAD, X, 3, index="hnsw"), "queries: 1 of 600 rows have a NaN"),
     (lambda: I.search(Q, ZERO, 3, index="hnsw"), "gallery: 1 of 600 rows are zero and have no direction: .*the first is row 3"),
     (lambda: I.search(Q, X * 1e20, 3, "euclidean", "hnsw"), "above 1e17, whose squares overflow"),

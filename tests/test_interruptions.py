@@ -116,6 +116,15 @@ def test_checkpoints_from_before_the_checksum_are_read(tmp_path):
     assert torch.load(path, weights_only=True)["epoch"] == 8
 
 
+def test_a_deleted_checkpoint_is_not_replaced_without_a_word(data, tmp_path):
+    recipe = RECIPE.model_copy(update=dict(epochs=3))
+    train(data, tmp_path, recipe)
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.warns(UserWarning, match="checkpoint.pt is missing; going on from checkpoint.previous.pt, epoch 2: delete that, too"): train(data, tmp_path, recipe)
+    for file in tmp_path.glob("checkpoint*.pt"): file.unlink()
+    assert load_checkpoint(tmp_path / "checkpoint.pt", {}) is None
+
+
 def test_without_links_the_checkpoint_before_is_copied(tmp_path, monkeypatch):
     def no(*a): raise OSError("no links here")
     monkeypatch.setattr(os, "link", no)

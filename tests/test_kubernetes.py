@@ -95,7 +95,16 @@ def test_the_manifest_is_what_a_training_run_needs(here, kubectl, tmp_path, monk
     assert {"name": claim, "mountPath": str(tmp_path)} in box["volumeMounts"]
     env = {e["name"]: e["value"] for e in box["env"]}
     assert env["DML_ROOT"] == str(here) and env["DML_CACHE"] == str(tmp_path / "packs") and env["DML_DATA"] == str(tmp_path / "data")
-    assert env["HOME"] in {m["mountPath"] for m in box["volumeMounts"]} and "PATH" not in env
+    assert env["HOME"] in {m["mountPath"] for m in box["volumeMounts"]} and "PATH" not in env and "TORCH_HOME" not in env
+
+
+def test_pretrained_weights_and_the_compiler_s_switch_reach_the_pod(here, kubectl, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    submitted()
+    (made,) = fake_kubectl.manifests(kubectl)
+    env = {e["name"]: e["value"] for e in made["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert (env["TORCH_HOME"], env["TORCH_COMPILE_DISABLE"]) == (str(tmp_path / "torch"), "1")
 
 
 def test_a_notebook_asks_for_no_gpu_and_sees_none(here, kubectl):

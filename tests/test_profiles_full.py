@@ -218,6 +218,28 @@ def test_comparisons_of_cpu_tables_are_committed():
     assert {"omniglot": "glyphs", "grocery_128": "grocery"}.items() <= committed().items()
 
 
+def test_31d_says_what_its_tables_say():
+    "Every number of its last cell that a table holds, as the table has it."
+    import json
+    said = "".join(json.loads((ROOT / AGAIN).read_text(encoding="utf-8"))["cells"][-1]["source"])
+    def of(name, table): return {line["row"]: line for line in rows_of(ROOT / f"figures/{name}/again_{table}.csv")}
+    def gap(line, what, digits=3): return f"{float(line[what]):.{digits}f} ± {float(line[what + ' ±']):.3f}"
+    large, wide, path = of("grocery_128", "levels"), of("omniglot", "verdicts_recall"), of("grocery_device", "levels")
+    kinds = {metric: {row: (v["verdict"], v["now"]) for row, v in of("grocery_device", f"verdicts_{metric}").items() if v["verdict"] != "same"} for metric in ("recall", "map")}
+    assert kinds == {"recall": {"center": ("new", "above"), "snca": ("gone", "-")}, "map": {"snca": ("new", "below")}}
+    trained = [line for row, line in path.items() if row not in ("raw_pixels", "untrained")]
+    for metric in ("R@1", "MAP@R"): assert len(trained) == 8 and all(abs(float(v[f"{metric} moved by"])) <= float(v[f"{metric} moved by ±"]) for v in trained)
+    assert max(float(v["MAP@R moved by"]) for v in trained) < 0 and f"up to {-min(float(v['MAP@R moved by']) for v in trained):.3f}" in said
+    order = {(v["metric"], v["correlation"]): v for v in rows_of(ROOT / "figures/omniglot/again_order.csv")}
+    for text in (f"cross-entropy by {gap(large['cross_entropy'], 'R@1 moved by')}", f"multi-similarity by {gap(large['multi_similarity'], 'R@1 moved by')}",
+                 f"{float(large['untrained']['R@1 moved by']):.3f}", f"({gap(of('grocery_128', 'verdicts_map')['multi_similarity'], 'gap changed by')})",
+                 f"({gap(wide['contrastive_norm'], 'gap changed by')})", f"({gap(wide['multi_similarity'], 'gap changed by')})",
+                 f"{-float(path['contrastive']['R@1 moved by']):.3f} lower (contrastive, ± {float(path['contrastive']['R@1 moved by ±']):.3f})",
+                 f"{float(path['snca']['R@1 moved by']):.3f} higher (SNCA, ± {float(path['snca']['R@1 moved by ±']):.3f})",
+                 *("{:+.2f} ({:+.2f} to {:+.2f})".format(*(float(order[m, "Spearman"][k]) for k in ("value", "low", "high"))) for m in ("R@1", "MAP@R"))):
+        assert text in said, text
+
+
 @pytest.mark.parametrize("name, against", committed().items())
 def test_committed_comparisons_are_recounted(name, against):
     score = {}

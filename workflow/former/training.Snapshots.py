@@ -1,4 +1,4 @@
-# stands for 8395ed3010557fdd8f6061c08dfb5ecb63b25aee0631077866c5524cf5ba5968
+# stands for 38addb3d15937c9c74314d58a79e6b99eb03ceefdf5b84fb7908420a625f4393
 class Snapshots:
     "An observer for `fit` that keeps embeddings (and a classifier's weights) of some epochs in `folder/epochs/`."
     def __init__(self, folder: str | Path, # the run's

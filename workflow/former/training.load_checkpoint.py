@@ -1,4 +1,4 @@
-# stands for 855dae28485fe4085b0e497356f7111ddd730b51cf1c2ba2fe01cf323f86660b
+# stands for 4f611670f7d9a98f9d330157d6dff1bef905c1e60b77fc0f0a117e5ceff7b391
 def load_checkpoint(path: Path, # folder / checkpoint.pt
                     identity: dict, # what the run is: recipe, seed, data digest
                    ) -> dict | None: # None when there is none
