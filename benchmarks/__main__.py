@@ -10,7 +10,7 @@ PARTS = ("losses", "memory", "compile", "classes", "retrieval")
 LONG = ("search", "training", "device", "paths")        # run when named
 OPTIONS = {"search": ("exact", "sizes", "dim", "queries", "rounds", "threads", "embeddings", "run"),
            "training": ("encoder", "size", "crop", "batch", "steps", "rounds", "threads", "compile"),
-           "device": ("batches", "classes", "exact", "dim", "rounds", "threads"), "paths": ("data", "seeds", "epochs")}
+           "device": ("batches", "classes", "exact", "dim", "rounds", "threads", "only"), "paths": ("data", "seeds", "epochs")}
 RENDERED = ("losses", "compile")                        # can be written anew from what was measured
 
 
@@ -36,6 +36,7 @@ def main(argv=None) -> None:
     for name in ("size", "crop", "batch", "steps"): training.add_argument(f"--{name}", type=count, metavar="N")
     device = parser.add_argument_group("device", "large sizes on a GPU, small ones elsewhere")
     for name, what in (("batches", "batch sizes of the losses"), ("classes", "numbers of classes of cross-entropy")): device.add_argument(f"--{name}", nargs="+", type=count, metavar="N", help=what)
+    device.add_argument("--only", nargs="+", choices=("losses", "classes", "search"), help="measure these only; give each --out of its own")
     shared = parser.add_argument_group("more than one")
     shared.add_argument("--exact", nargs=2, type=int, metavar=("N", "D"), help="search, device: size of exact search; 0 0: leave it out")
     shared.add_argument("--dim", type=count, metavar="N", help="search, device: of embeddings")

@@ -29,6 +29,7 @@ from dml_companion.memory import peak_bytes
 
 SIZES = {"cuda": dict(batches=(512, 2_048, 8_192, 16_384), classes=(1_000, 10_000, 100_000, 1_000_000), exact=(60_502, 2_048), rounds=10),
          "cpu": dict(batches=(256, 1_024), classes=(1_000, 10_000, 100_000), exact=(5_000, 512), rounds=10)}
+PARTS = ("losses", "classes", "search")
 KIND = {"cuda": "gpu", "cpu": "cpu"}                             # in the names of files
 ROWS = {"cuda": 1_024, "cpu": 256}                               # of the batch over many classes
 PROBES, ROOM = (128, 256, 512), .4                               # B from which a CPU's need is forecast; share of the free memory it may take: seen within a factor 2.5
@@ -38,12 +39,17 @@ NO_ROOM, MEASURED = "out of memory", "measured"
 
 # what fits, and what does not
 
+def no_memory(error: RuntimeError) -> bool:
+    "Whether an error says that memory ran out, in one of the words for it."
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ("not enough memory", "out of memory", "ALLOC_FAILED"))
+
+
 def attempt(call: Callable[[], Any], device: str, fits: bool = True) -> tuple[Any, str]: # what the call gives, or None; "measured", or why not
     "A call that may want more memory than there is."
     try: return (call(), MEASURED) if fits else (None, NO_ROOM)
     except RuntimeError as error:
         told = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        state = NO_ROOM if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in told else f"failed: {told}"
+        state = NO_ROOM if no_memory(error) else f"failed: {told}"
     if device != "cpu": torch.cuda.empty_cache()
     return None, state
 
@@ -73,7 +79,9 @@ def timed(runs: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[
         def call():
             if name in lost: return
             try: run()
-            except torch.OutOfMemoryError: lost.add(name)
+            except RuntimeError as error:
+                if not no_memory(error): raise
+                lost.add(name)
         return waited(call, device)
     seconds = interleaved({name: guarded(name, run) for name, run in runs.items()}, rounds, warmup=1)
     return {name: taken for name, taken in seconds.items() if name not in lost}
@@ -259,15 +267,15 @@ def write_tables(rows: list[dict], raw: list[dict], rounds: int, folder: Path, d
     return table
 
 
-def measure(use: dict, dim: int, device: str): # use: one of SIZES, or what was asked instead; yields rows and seconds a round by part, size and name
+def measure(use: dict, dim: int, device: str, only: tuple[str, ...] = PARTS): # use: one of SIZES, or what was asked instead; yields rows and seconds a round by part, size and name
     "Part by part, size by size, smallest first."
     for part, of, sizes in (("losses", loss_rows, use["batches"]), ("classes", class_rows, use["classes"])):
-        for size in sorted(sizes):
+        for size in sorted(sizes) if part in only else ():
             gc.collect()
             if device != "cpu": torch.cuda.empty_cache()
             rows, seconds = of(size, dim, use["rounds"], device)
             yield rows, [dict(part=part, size=size, name=name, round=i, seconds=s) for name, taken in seconds.items() for i, s in enumerate(taken)]
-    if use["exact"][0]: yield search_rows(*use["exact"], use["rounds"], device), []
+    if use["exact"][0] and "search" in only: yield search_rows(*use["exact"], use["rounds"], device), []
 
 
 def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go here
@@ -277,6 +285,7 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
          dim: int = DIM, # of embeddings, but for exact search
          rounds: int | None = None,
          threads: int | None = None, # of torch
+         only: tuple[str, ...] = PARTS, # for a machine that is lent by the minute; give each its own folder
         ) -> None:
     "Measure and write device_gpu or device_cpu: .csv, _rounds.csv, .md, .svg, .png; tables again after every size."
     from dml_companion.reproduction import output_folder, save_figure
@@ -288,7 +297,7 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
     torch.set_num_threads(threads or before)
     torch.set_float32_matmul_precision("highest")
     try:
-        for more, seconds in measure(use, dim, device):
+        for more, seconds in measure(use, dim, device, only):
             rows, raw = rows + more, raw + seconds
             table = write_tables(rows, raw, use["rounds"], folder, device)
             print(f"device: {more[0]['part']}, {more[0]['size']:,}: {sum(r['state'] == MEASURED for r in more)} of {len(more)} measured on the {device}", flush=True)

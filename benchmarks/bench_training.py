@@ -10,12 +10,16 @@ ladder are noise in a memory-mapped pack of the wanted size, so that nothing has
 
 The reference reads one image after the other from the pack, puts it through torchvision's transforms v2 and a DataLoader with workers, and trains in fp32.
 A rung adds one thing to the one before it. The floor is forward, backward and update on one batch that lies on the device already.
+All rungs are made ready first. Then each round times a block of each, in random order, so that a busy moment hits them all.
 """
 import math
 import os
+import random
 import shutil
 import statistics
 import tempfile
+import time
+from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -29,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset as TorchDataset, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from benchmarks.common import interleaved, machine_lines, pipe_table, waited, write_text
+from benchmarks.common import machine_lines, pipe_table, ratio, waited, write_text
 from dml_companion import objectives
 from dml_companion.datasets import Split
 from dml_companion.device import DevicePack, augment, training_batches
@@ -94,7 +98,8 @@ LADDER = (Rung("fp32, DataLoader"), Rung("+ tf32", tf32=True), Rung("+ bf16", tf
           Rung("+ batches on the device", device_batches=True, tf32=True, bf16=True, channels_last=True, compiled=True))
 
 
-ITSELF = "the run itself, whole epochs"
+ITSELF, JUDGING, AFTER = "the run itself, whole epochs", "images that are judged", "what follows an epoch"
+FLOOR = "floor: one batch, again and again"
 
 
 def noise(n: int, size: int, folder: Path) -> Split:
@@ -134,14 +139,17 @@ def endless(make: Callable[[], Iterator]) -> Iterator:
     while True: yield from make()
 
 
-def feed(split: Split, recipe: Recipe, rung: Rung, device: torch.device, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    "Batches for a rung, without end."
+def on_device(split: Split, recipe: Recipe, rung: Rung, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    "Batches drawn and augmented where the net lies, without end."
     generators = {k: torch.Generator().manual_seed(i) for i, k in enumerate(("sampler", "augment"))}
-    if rung.device_batches:
-        pack, made = DevicePack(split, device), torch.compile(augment, dynamic=False) if rung.compiled else augment
-        return endless(lambda: training_batches(pack, recipe, generators, dtype=torch.bfloat16 if rung.bf16 else torch.float32, compiled=made))
+    pack, made = DevicePack(split, device), torch.compile(augment, dynamic=False) if rung.compiled else augment
+    return endless(lambda: training_batches(pack, recipe, generators, dtype=torch.bfloat16 if rung.bf16 else torch.float32, compiled=made))
+
+
+def through_loader(split: Split, recipe: Recipe, device: torch.device, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    "Batches from a DataLoader, without end."
     data = OneByOne(split, torchvision_transform(recipe.augment, recipe.crop))
-    endlessly = RandomSampler(data, replacement=True, num_samples=10**9, generator=generators["sampler"])     # no worker waits for an epoch's end
+    endlessly = RandomSampler(data, replacement=True, num_samples=10**9, generator=torch.Generator().manual_seed(0))     # no worker waits for an epoch's end
     loader = DataLoader(data, recipe.batch_size, sampler=endlessly, drop_last=True, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=one_thread)
     return ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in loader)
 
@@ -153,22 +161,42 @@ def worker_count(batch_bytes: int) -> int: # of a float batch
     return max(0, min(cores - 1, 16, room // (3 * batch_bytes)))
 
 
-def timed(step: Callable, batches: Iterator, steps: int, rounds: int, device: torch.device) -> list[float]: # seconds a step, one a round
-    "Time whole blocks of steps, waiting for the device at their ends only."
+class Way(NamedTuple):
+    "Something to be timed, a block of it at a time."
+    name: str
+    before: Callable[[], None] # not timed: uses up what was loaded in advance while others had their turn, or waits until nobody loads
+    block: Callable[[], None] # ends when the device has done it
+    units: int # how many steps, images or epochs a block has
+
+
+@contextmanager
+def switched(rung: Rung) -> Iterator[None]:
+    "TF32 as a rung has it."
+    torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = rung.tf32, True
+    try: yield
+    finally: torch.set_float32_matmul_precision("highest")
+
+
+def rung_way(rung: Rung, recipe: Recipe, batches: Iterator, device: torch.device, steps: int, ahead: int, rest: float) -> Way: # batches in advance, seconds
+    "Blocks of a rung's steps; it is compiled and warm."
+    step = make_step(recipe, rung, device)
     def block(n):
         for _ in range(n): step(*next(batches))
-    waited(lambda: block(3), device.type)()                        # compilation, workers, first pages
-    times = interleaved({"step": waited(lambda: block(steps), device.type)}, rounds, warmup=0)["step"]
-    return [seconds / steps for seconds in times]
+    run = lambda n: switched(rung)(waited(lambda: block(n), device.type))
+    run(3)()
+    return Way(rung.name, partial(time.sleep, rest) if rung.device_batches else run(ahead), run(steps), steps)
 
 
-def run_itself(recipe: Recipe, split: Split, device: torch.device, rounds: int) -> tuple[list[float], list[float]]: # seconds a step, and to judge an image
-    "Whole epochs of notebook 05c's run, with all that it does beside the steps, and embedding the same images, as after an epoch."
-    given = recipe.model_copy(update=dict(precision="bf16", lr=1e-3))
-    run = DeviceRun(given, SimpleNamespace(digest="noise"), split, split, partial(objectives.make, "cross_entropy", label_smoothing=.1), 0, None, device.type)
-    ways = {"train": waited(lambda: train_epoch(run, 10**6), device.type), "judge": waited(lambda: embed(run.bare, run.pack), device.type)}
-    seconds = interleaved(ways, rounds, warmup=1)
-    return [t / (len(split) // recipe.batch_size) for t in seconds["train"]], [t / len(split) for t in seconds["judge"]]
+def run_ways(recipe: Recipe, split: Split, device: torch.device, folder: Path, rest: float) -> list[Way]:
+    "Notebook 05c's run with all that it does: whole epochs, embedding as many images as are judged, and what follows an epoch: a look at watched images, a checkpoint."
+    given = recipe.model_copy(update=dict(precision="bf16", lr=1e-3, patience=100))
+    run = DeviceRun(given, SimpleNamespace(digest="noise"), split, split, partial(objectives.make, "cross_entropy", label_smoothing=.1), 0, folder, device.type)
+    def after(): run.look(dict(epoch=run.epoch)); run.save()
+    calls = {ITSELF: (lambda: train_epoch(run, 10**6), len(split) // recipe.batch_size), JUDGING: (lambda: embed(run.bare, run.pack), len(split)), AFTER: (after, 1)}
+    ways = [Way(name, partial(time.sleep, rest), switched(LADDER[-1])(waited(call, device.type)), units) for name, (call, units) in calls.items()]
+    for way in ways: way.block()
+    return ways
 
 
 def step_flops(recipe: Recipe) -> int: # floating-point operations of one image, forward and backward
@@ -181,47 +209,64 @@ def step_flops(recipe: Recipe) -> int: # floating-point operations of one image,
 def rungs(device: torch.device, compiling: bool) -> list[Rung]:
     "The ladder as this machine can climb it, and the floor: no tf32 on a CPU, and the compiler only where it is wanted."
     steps = [r for r in LADDER if (r.bf16 or not r.tf32 or device.type == "cuda") and (compiling or r.name != "+ compile")]
-    floor = LADDER[-1]._replace(name="floor: one batch, again and again")
+    floor = LADDER[-1]._replace(name=FLOOR)
     return [r._replace(compiled=r.compiled and compiling) for r in (*steps, floor)]
 
 
-def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int, compiling: bool) -> "Iterator[pd.DataFrame]":
-    "Images a second of every rung, of the run itself and of the floor: the table so far, each time that it has grown."
-    import pandas as pd
-    peak = next((v for k, v in PEAKS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), math.nan)
-    flops, lines = step_flops(recipe), []
-    def line(name, spent):
-        speed = recipe.batch_size / statistics.median(spent)
-        print(f"{name:36} {speed:9.1f} images/s", flush=True)
-        return dict(rung=name, images_per_second=speed, low=recipe.batch_size / max(spent), high=recipe.batch_size / min(spent), flops_per_image=flops, share_of_peak=speed * flops / peak)
-    def table(judged=math.nan):
-        found = pd.DataFrame(lines).assign(judged_per_second=1 / judged)
-        return found.assign(against_first=found.images_per_second / found.images_per_second[0], step_against_floor=found.images_per_second.iloc[-1] / found.images_per_second)
-    *steep, floor = rungs(device, compiling)
-    for rung in (floor, *steep):
-        torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = rung.tf32, True
-        torch._dynamo.reset()
-        try:
-            batches = feed(split, recipe, rung, device, workers)
-            if rung is floor: batches = repeat(next(batches))
-            spent = timed(make_step(recipe, rung, device), batches, steps, rounds, device)
-        finally: torch.set_float32_matmul_precision("highest")
-        lines.insert(len(lines) - 1 if lines else 0, line(rung.name, spent))          # the floor stands last
-        del batches
-        if rung is not floor: yield table()
-    torch.set_float32_matmul_precision("high")
+def ready(recipe: Recipe, split: Split, device: torch.device, steps: int, workers: int, compiling: bool, folder: Path) -> list[Way]:
+    "Every rung, the floor and the run itself, compiled and warm. Rungs with a DataLoader share one, since all of them want the same batches of it."
     torch._dynamo.reset()
-    try: spent, judged = run_itself(recipe, split, device, rounds)
-    finally: torch.set_float32_matmul_precision("highest")
-    lines.insert(-1, line(ITSELF, spent))
-    yield table(statistics.median(judged))
+    found, loader, ahead = [], through_loader(split, recipe, device, workers), 2 * workers         # torch's prefetch_factor
+    next(loader)
+    start = time.perf_counter()
+    for _ in range(ahead): next(loader)
+    rest = time.perf_counter() - start                                                           # as long as workers may go on after a block
+    for rung in rungs(device, compiling):
+        batches = on_device(split, recipe, rung, device) if rung.device_batches else loader
+        if rung.name == FLOOR: batches = repeat(next(batches))
+        found.append(rung_way(rung, recipe, batches, device, steps, ahead, rest))
+        print(f"ready: {rung.name}", flush=True)
+    return found + run_ways(recipe, split, device, folder, rest)
+
+
+def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int, compiling: bool, folder: Path) -> "Iterator[pd.DataFrame]":
+    "Images a second of every rung, of the run itself and of the floor: the table so far, after each round."
+    flops, ways, order = step_flops(recipe), ready(recipe, split, device, steps, workers, compiling, folder), random.Random(0)
+    seconds = {way.name: [] for way in ways}
+    for done in range(1, rounds + 1):
+        for way in order.sample(ways, len(ways)):
+            way.before()
+            start = time.perf_counter()
+            way.block()
+            seconds[way.name].append((time.perf_counter() - start) / way.units)
+        yield ladder_table(seconds, recipe.batch_size, flops, device)
+        print(f"round {done} of {rounds}", flush=True)
+
+
+def ladder_table(seconds: dict[str, list[float]], batch: int, flops: int, device: torch.device) -> "pd.DataFrame": # seconds: a step, an image, an epoch's end, one a round
+    "One line a rung, the floor last; ratios are medians over rounds of ratios within a round."
+    import pandas as pd
+    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peak = next((v for k, v in PEAKS.items() if k in card and "NVL" not in card and "MIG" not in card), math.nan)
+    names = [name for name in seconds if name not in (JUDGING, AFTER, ITSELF, FLOOR)] + [ITSELF, FLOOR]
+    first, floor, judging, after = (seconds[name] for name in (names[0], FLOOR, JUDGING, AFTER))
+    lines = [dict(rung=name, images_per_second=batch / statistics.median(spent), low=batch / max(spent), high=batch / min(spent), flops_per_image=flops,
+                  share_of_peak=batch / statistics.median(spent) * flops / peak, judged_per_second=1 / statistics.median(judging), after_epoch=statistics.median(after),
+                  against_first=ratio(first, spent), step_against_floor=ratio(spent, floor)) for name in names for spent in (seconds[name],)]
+    return pd.DataFrame(lines)
 
 
 def defaults(device: torch.device) -> dict:
     "The paper's size on a GPU; what a CPU can do in minutes elsewhere."
     if device.type == "cuda": return dict(encoder="resnet50", size=256, crop=224, batch=128, steps=20, images=2048)
     return dict(encoder="convnet", size=64, crop=56, batch=64, steps=8, images=1024)
+
+
+def few_workers(workers: int, device: torch.device) -> str: # empty: all is well
+    "Says when the first rung is no fair baseline."
+    if device.type != "cuda" or workers >= 4: return ""
+    return (f"**Only {workers} worker processes feed the rungs with a DataLoader** (cores, or room in /dev/shm): they measure the loading, and \"times the first\" says little. "
+            "More room: `mount -o remount,size=16G /dev/shm`, or docker's `--shm-size`.")
 
 
 def rung_table(table) -> str: # of `ladder`
@@ -233,7 +278,7 @@ def rung_table(table) -> str: # of `ladder`
     if apart >= STEADY: text += f"\n\nBlocks of one rung differ up to {apart:.1f} times: other work disturbed them, and small differences between rungs mean nothing."
     itself, last = table[table.rung == ITSELF], table[table.rung == LADDER[-1].name]
     if len(itself) and itself.low.iloc[0] > last.high.iloc[0]:
-        text += "\n\nThe run itself does all that the last rung does, and more, and is quicker here: rungs are measured one after another, and the machine was not the same for both."
+        text += "\n\nThe run itself does all that the last rung does, and more, and no round had it slower: a surprise, which this table does not explain."
     return text
 
 
@@ -245,20 +290,21 @@ def targets(table, hours: float) -> str: # of `ladder`, whole, at the paper's si
     return "\n".join(["Targets:", "", *(f"- {what}, {'met' if met else 'not met'}" for what, met in asked)])
 
 
-def hours_of(speed: float, judging: float) -> dict[str, float]: # of each recipe
-    "Training and judging, from images a second."
-    return {who: epochs * (train / speed + judged / judging) / 3600 for who, (epochs, train, judged) in RECIPES.items()}
+def hours_of(speed: float, judging: float, after: float) -> dict[str, float]: # of each recipe
+    "Training and judging, from images a second, and the seconds that follow an epoch."
+    return {who: epochs * (train / speed + judged / judging + after) / 3600 for who, (epochs, train, judged) in RECIPES.items()}
 
 
-def recipe_hours(speed: float, judging: float) -> str: # images a second
+def recipe_hours(speed: float, judging: float, after: float) -> str: # images a second, seconds
     "What that makes of the paper's four recipes."
-    hours = hours_of(speed, judging)
-    rows = [[who, f"{epochs} × ({train:,} / {speed:,.0f} + {judged:,} / {judging:,.0f})", f"{hours[who]:.2f}"] for who, (epochs, train, judged) in RECIPES.items()]
+    hours = hours_of(speed, judging, after)
+    rows = [[who, f"{epochs} × ({train:,} / {speed:,.0f} + {judged:,} / {judging:,.0f} + {after:.2f})", f"{hours[who]:.2f}"] for who, (epochs, train, judged) in RECIPES.items()]
     return "\n\n".join([
         "## What the paper's four recipes would take", f"The run itself trains on {speed:,.1f} images a second, and embeds {judging:,.1f} a second of those that are judged after every epoch. "
-        "Not counted: compilation, the first upload, search and clustering, some 2,000 training images that are watched after every epoch, a checkpoint after each, and that CUB's uncut "
-        "pictures lie in squares of 512 pixels, which take longer to augment. The profile `paper` also has each recipe under our protocol, with five seeds: five times the epochs of these.",
-        pipe_table(["recipe", "epochs × (training / speed + judged / speed)", "hours"], [*rows, ["all four", "", f"{sum(hours.values()):.2f}"]])])
+        f"Each epoch is followed by {after:.2f} s: some 2,000 training images are looked at, and a checkpoint is written. "
+        "Not counted: compilation, the first upload, search and clustering, and that CUB's uncut pictures lie in squares of 512 pixels, which take longer to augment. "
+        "The profile `paper` also has each recipe under our protocol, with five seeds: five times the epochs of these; `--row cub --row cars196 --row sop --row inshop` leaves those out.",
+        pipe_table(["recipe", "epochs × (training / speed + judged / speed + what follows)", "hours"], [*rows, ["all four", "", f"{sum(hours.values()):.2f}"]])])
 
 
 def main(out: str = "figures/bench", encoder: str | None = None, size: int | None = None, crop: int | None = None, batch: int | None = None,
@@ -273,7 +319,7 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
     workers = worker_count(use["batch"] * 3 * use["crop"] ** 2 * 4)
     name, folder = f"training_{'gpu' if device.type == 'cuda' else 'cpu'}", Path(out)
     about = (f"{use['encoder']}, {use['crop']} of {use['size']} pixels, batches of {use['batch']}, {step_flops(recipe) / 1e9:.2f} GFLOP an image (forward and backward, counted by torch). "
-             f"Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets. Each rung adds to the one before it. DataLoader: {workers} worker processes. The run itself: 05c's, with its bookkeeping; "
+             f"Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets; all rungs take a block each in every round, and ratios are those within a round. Each rung adds to the one before it. DataLoader: {workers} worker processes. The run itself: 05c's, with its bookkeeping; "
              "beside its steps it draws an epoch's table and waits at the end. Torch allows TF32 in convolutions unless told otherwise: what most scripts do lies between the first two rungs.")
     where = [] if device.type == "cuda" else ["**No GPU here: the same ladder on the CPU, small.** It says nothing about a GPU: there is no TF32, and what a GPU gains from bf16, channels last "
                                               "and batches that lie beside the net, a CPU may lose."]
@@ -281,14 +327,15 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
     machine = machine_lines()
     def hours(table):
         if not paper: return "What the paper's four recipes would take is left out: that wants ResNet-50 at 224 pixels on a GPU."
-        run = table[table.rung == ITSELF]
-        if not len(run): return "The run itself was not measured yet."
-        speeds = run.images_per_second.iloc[0], run.judged_per_second.iloc[0]
+        run = table[table.rung == ITSELF].iloc[0]
+        speeds = run.images_per_second, run.judged_per_second, run.after_epoch
         return "\n\n".join([recipe_hours(*speeds), targets(table, sum(hours_of(*speeds).values()))])
-    with tempfile.TemporaryDirectory() as images:
-        for table in ladder(recipe, noise(max(use["images"], 2 * use["batch"]), use["size"], Path(images)), device, use["steps"], rounds, workers, compile or device.type == "cuda"):
-            write_text(folder / f"{name}.md", "\n\n".join(["# A training step, rung by rung", *where, about, rung_table(table), hours(table), "\n".join(machine)]))
-            table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")          # every rung is kept when it is measured
+    with tempfile.TemporaryDirectory() as scratch:
+        split = noise(max(use["images"], 2 * use["batch"]), use["size"], Path(scratch))
+        for table in ladder(recipe, split, device, use["steps"], rounds, workers, compile or device.type == "cuda", Path(scratch)):
+            write_text(folder / f"{name}.md", "\n\n".join(["# A training step, rung by rung", *where, about, *filter(None, [few_workers(workers, device)]), rung_table(table), hours(table), "\n".join(machine)]))
+            table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")          # what is measured is kept round by round
+    print(rung_table(table))
     print(f"wrote {folder}/{name}.md, .csv")
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', 'PlanWeightsOption', 'FiguresOption',
-           'VersionOption', 'CoresOption', 'ClusterOption', 'DryOption', 'PublishedOption', 'COLOURS', 'RunsOption',
-           'RowsOption', 'DrawOption', 'FolderArgument', 'FileOption', 'ModelOption', 'EncoderOption', 'WeightsOption',
+           'VersionOption', 'CoresOption', 'ClusterOption', 'DryOption', 'RowsOption', 'PublishedOption', 'COLOURS',
+           'RunsOption', 'DrawOption', 'FolderArgument', 'FileOption', 'ModelOption', 'EncoderOption', 'WeightsOption',
            'SplitOption', 'SkipOption', 'PhotosOption', 'NeighboursOption', 'SideOption', 'SetOption', 'RateOption',
            'index_app', 'MatrixArgument', 'IndexArgument', 'IndexSetOption', 'CardArgument', 'CardOption', 'LEGEND',
            'data_app', 'NameArgument', 'SizeOption', 'CacheOption', 'OfficialOption', 'DigestOption', 'say', 'give_up',
@@ -52,6 +52,7 @@ CoresOption = Annotated[Optional[int], typer.Option("--cores", min=1, help="How 
 ClusterOption = Annotated[Optional[str], typer.Option(
     "--cluster", help="Send the jobs to a cluster: slurm, slurm-gpu, kubernetes, or a folder with a Snakemake profile.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Say what would run, and why; run nothing.")]
+RowsOption = Annotated[Optional[list[str]], typer.Option("--row", help="Only runs of this row; may be given again.")]
 PublishedOption = Annotated[bool, typer.Option(
     "--published", help="Count as done what the figures folder holds and nothing has changed since: new figures without training.")]
 
@@ -68,14 +69,14 @@ def give_up(error: Exception) -> None:
 
 
 def make_plan(profile: str, data: str | None, device: str, figures: str | None,
-              here: bool = True, weights: str | None = None): # here=False: the jobs run on a cluster; returns (root, Plan)
+              here: bool = True, weights: str | None = None, rows: list[str] | None = None): # here=False: the jobs run on a cluster; returns (root, Plan)
     "The plan of a profile; bad input ends the command."
     from dml_companion.reproduction import project_root
     try:
         root = project_root()
         os.environ["DML_ROOT"] = str(root)
         from dml_companion.profiles import plan
-        found = plan(profile, data, device, figures, root, here, weights)
+        found = plan(profile, data, device, figures, root, here, weights, rows)
         for why, rows in found.not_run().items(): say(f"not run: {', '.join(rows)} ({why})", err)
         if here and (why := found.slow()): say(why, err)
         return root, found
@@ -115,9 +116,9 @@ def counts(plan: "Plan") -> str:
 
 @app.command()
 def status(profile: ProfileOption = "quick", data: DataOption = None, device: DeviceOption = "auto",
-           figures: FiguresOption = None, weights: PlanWeightsOption = None) -> None:
+           figures: FiguresOption = None, weights: PlanWeightsOption = None, row: RowsOption = None) -> None:
     "Which runs of a profile are finished, stale, failed or missing, and why."
-    root, plan = make_plan(profile, data, device, figures, weights=weights)
+    root, plan = make_plan(profile, data, device, figures, weights=weights, rows=row)
     out.print(overview(plan))
     say(f"{profile}: {counts(plan)}")
 
@@ -125,12 +126,14 @@ def status(profile: ProfileOption = "quick", data: DataOption = None, device: De
 @app.command()
 def reproduce(profile: ProfileOption = "quick", data: DataOption = None, device: DeviceOption = "auto",
               cores: CoresOption = None, figures: FiguresOption = None, dry_run: DryOption = False,
-              cluster: ClusterOption = None, weights: PlanWeightsOption = None, published: PublishedOption = False) -> None:
+              cluster: ClusterOption = None, weights: PlanWeightsOption = None, published: PublishedOption = False,
+              row: RowsOption = None) -> None:
     "Run what is left of a profile, then publish its figures, tables, records and reading copies."
     there = find_cluster(cluster, cores) if cluster is not None else None
-    root, plan = make_plan(profile, data, device, figures, here=there is None, weights=weights)
+    root, plan = make_plan(profile, data, device, figures, here=there is None, weights=weights, rows=row)
     cores = cores or (there.jobs * plan.threads if there else own_cores())
     from dml_companion import engine, profiles
+    if lost := engine.would_lose(plan, root): give_up(ValueError(f"{plan.figures} holds published runs of {', '.join(lost[:3])}{f' and {len(lost) - 3} rows more' if len(lost) > 3 else ''}, which --row would remove from it: add --figures runs/figures/some"))
     if dry_run and not published: preview(plan, cores, root, there); return
     try:
         with engine.project_lock(root) as lock:
@@ -265,7 +268,6 @@ def wait(process: Popen, seconds: float) -> None:
 
 # %% ../nbs/01_foundations/09_cli.ipynb #c31
 RunsOption = Annotated[int, typer.Option("--runs", min=1, help="How many published runs to train again.")]
-RowsOption = Annotated[Optional[list[str]], typer.Option("--row", help="Only runs of this row; may be given again.")]
 DrawOption = Annotated[int, typer.Option("--draw", help="Seed of the draw of runs.")]
 
 
@@ -658,6 +660,7 @@ def data_verify(name: NameArgument, data: DataOption = None, size: SizeOption = 
 def together(row: Annotated[str, typer.Argument(help="A row of the profile.")], seed: Annotated[int, typer.Option(help="One of its seeds.")] = 0,
              profile: ProfileOption = "paper", data: DataOption = None, device: DeviceOption = "auto", weights: PlanWeightsOption = None) -> None:
     "Train one run in all processes that `accelerate launch` started; `reproduce` finds it trained and judges it."
+    from datetime import timedelta
     from accelerate import PartialState
     from dml_companion.engine import train_cells
     from dml_companion.profiles import checked_recipes, load_profile, seeds_of
@@ -668,7 +671,7 @@ def together(row: Annotated[str, typer.Argument(help="A row of the profile.")], 
         if row not in known: raise ValueError(f"{row!r} is no row of {profile!r} whose recipe says pipeline: device; known: {', '.join(known) or 'none'}")
         if seed not in (seeds := seeds_of(asked, row)): raise ValueError(f"row {row!r} has no seed {seed}; known: {', '.join(map(str, seeds))}")
     except (ValueError, FileNotFoundError) as e: give_up(e)
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=2))      # for those who wait while the first one packs, or looks
     with state.main_process_first(): root, plan = make_plan(profile, data, device, None, weights=weights)      # the first one packs the images
     if row in plan.left_out: give_up(ValueError(f"row {row!r} cannot be run: {plan.left_out[row]}"))
     found = [j for j in plan.jobs if j.kind == "train" and (j.row, j.seed) == (row, seed)]

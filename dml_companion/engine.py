@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['KEEP', 'NOISE', 'HARDWARE', 'BUDGET', 'failure_text', 'NotebookFailed', 'broken_cell', 'describe_failure',
            'papermill', 'execute', 'locked', 'check_code', 'trained_files', 'drop_old_claims', 'seal', 'is_front',
-           'follow_front', 'one_gpu', 'thread_limits', 'run_job', 'do_job', 'run_cells', 'train_cells', 'note_failure',
-           'Busy', 'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags', 'snakemake_command',
+           'follow_front', 'one_gpu', 'free_gpu', 'thread_limits', 'run_job', 'do_job', 'run_cells', 'train_cells',
+           'note_failure', 'Busy', 'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags', 'snakemake_command',
            'guarded_snakemake', 'job_environment', 'start', 'stop', 'Progress', 'epochs_done', 'last_seconds',
            'past_seconds', 'time_left', 'look', 'duration', 'tail', 'scheduler_says', 'no_room', 'failures',
            'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable', 'inside',
-           'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'publish', 'among', 'take_over', 'adopt',
-           'measured', 'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
+           'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'would_lose', 'publish', 'among',
+           'take_over', 'adopt', 'measured', 'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
 import json, math, os, random, re, shutil, signal, subprocess, sys, tempfile, threading, time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from datetime import datetime, timezone
 from pathlib import Path
@@ -176,13 +176,22 @@ def follow_front(gently: bool = False, # Ctrl-C instead of a kill, for what has 
 
 @contextmanager
 def one_gpu(plan: Plan, root: Path) -> Iterator[None]:
-    "Take a free slot on one of several GPUs; a scheduler's own choice (CUDA_VISIBLE_DEVICES) stands."
-    if plan.gpus < 2 or os.environ.get("CUDA_VISIBLE_DEVICES"): yield; return
-    slots = [(gpu, root / f"runs/gpu/{gpu}-{slot}.lock") for slot in range(plan.runs_per_gpu) for gpu in range(plan.gpus)]
-    while not (free := [s for s in slots if not is_locked(s[1])]): time.sleep(1)
-    with locked(free[0][1], patience=60):
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(free[0][0])
+    "Take a free slot on one of several GPUs, of those in CUDA_VISIBLE_DEVICES where that is set; a single one there, a scheduler's choice, stands."
+    seen = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    if plan.gpus < 2 or len(seen) == 1: yield; return
+    slots = [(gpu, root / f"runs/gpu/{gpu}-{slot}.lock") for slot in range(plan.runs_per_gpu) for gpu in seen or map(str, range(plan.gpus))]
+    with ExitStack() as held:
+        while (gpu := free_gpu(slots, held)) is None: time.sleep(1)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         yield
+
+
+def free_gpu(slots: list[tuple[str, Path]], # GPU, lock
+             held: ExitStack) -> str | None: # None: all are taken
+    "The GPU of the first free slot; its lock is held from now on."
+    for gpu, lock in slots:
+        try: held.enter_context(locked(lock)); return gpu
+        except BlockingIOError: pass
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c19
 def thread_limits(n: int) -> dict[str, str]: # environment variables
@@ -198,6 +207,7 @@ def run_job(plan_file: str, # written by the front end, from the root
     root = root or project_root()
     plan = Plan(**json.loads((root / plan_file).read_text(encoding="utf-8")))
     job, output = plan.job(job_id), root / plan.job(job_id).output
+    if plan.gpus: os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // (plan.gpus * plan.runs_per_gpu))))
     os.environ.update({**thread_limits(plan.threads), "DML_ROOT": str(root), "DML_MANIFEST": str(beside(output, "files"))})
     follow_front()
     try:
@@ -620,6 +630,12 @@ def refresh_quotes(page: Path, # a Markdown file; nothing happens without it
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c41
 BUDGET = 16_000_000 # bytes of all reading copies together
+
+
+def would_lose(plan: Plan, root: Path) -> list[str]: # rows
+    "Rows that were published in the plan's figures folder and are not asked for now."
+    there = {said.get("row") for said in (read_json(root / plan.figures / "provenance.json") or {}).get("runs", {}).values()}
+    return [row for row, why in plan.left_out.items() if why == "not asked for" and row in there]
 
 
 def publish(plan: Plan, root: Path) -> None:

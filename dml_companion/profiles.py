@@ -9,7 +9,7 @@ __all__ = ['OWN', 'BUDGET', 'BASIC', 'STATES', 'NO_LOCKS', 'Strict', 'DataChoice
            'load_profile', 'search_of', 'checked_recipe', 'checked_recipes', 'unequal', 'Parameter', 'annotated',
            'parameters_of', 'check_parameters', 'Job', 'train_job', 'labels_of', 'notebook_job', 'other_records',
            'beside', 'spoilt', 'take_lock', 'is_locked', 'difference', 'predecessor', 'judge', 'Plan', 'refresh',
-           'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks', 'plan', 'records_of']
+           'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks', 'chosen', 'plan', 'records_of']
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c02
 import ast, errno, fcntl, os, re, sys
@@ -546,7 +546,7 @@ class Plan(Strict):
     figures: str # folder, seen from the root where it lies inside
     minutes: float | None = None
     python: str = "" # interpreter that the jobs use
-    left_out: dict[str, str] = {} # row -> why it is not run
+    left_out: dict[str, str] = {} # row or notebook -> why it is not run
 
     def path(self) -> str: return f"runs/plans/{self.profile}.json"
     def left(self) -> list[Job]: return [j for j in self.jobs if j.state != "finished"]
@@ -558,7 +558,7 @@ class Plan(Strict):
                                                  "they run on the CPU as well, many times slower")
 
     def not_run(self) -> dict[str, list[str]]: # why -> rows
-        "The rows that are left out."
+        "The rows and notebooks that are left out."
         return {why: [row for row, w in self.left_out.items() if w == why] for why in self.left_out.values()}
 
     def job(self, id: str) -> Job:
@@ -599,7 +599,8 @@ def data_digests(recipes: dict[str, dict], # row -> recipe
         names[row] = found[key].digest
     if as_available and absent and not names: raise MissingData("\n\n".join(dict.fromkeys(map(str, absent.values()))))       # any one of them would do
     if absent and not as_available: raise next(iter(absent.values()))
-    return names, {row: f"needs the images of {recipes[row]['dataset']}, see dml-companion data list" for row in absent}
+    def why(name, error): return f"{'needs the' if 'To have it' in str(error) else 'lacks some'} images of {name}, see dml-companion data list"
+    return names, {row: why(recipes[row]["dataset"], error) for row, error in absent.items()}
 
 
 def check_on_data(recipe: dict, # complete
@@ -637,6 +638,19 @@ def check_notebooks(profile: Profile, recipes: dict[str, dict], given: dict[str,
         check_parameters(root / profile.train, {**recipe, **given, "seed": 0, "row": row, "folder": ""})
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c49
+def chosen(profile: Profile, rows: list[str] | None, # None or []: all
+          ) -> tuple[list[Task], dict[str, str]]: # the notebooks that need no other row; row or notebook -> why it is left out
+    "What is left of a profile when only some rows are asked for; ValueError for a row that it has not."
+    if not rows: return profile.notebooks, {}
+    for row in rows:
+        if row not in profile.rows: raise ValueError(f"profile {profile.name!r} has no row {row!r}{nearest_name(row, profile.rows)} Its rows: {', '.join(profile.rows) or 'none'}")
+    tasks, left_out = [], {row: "not asked for" for row in profile.rows if row not in rows}
+    for task in profile.notebooks:
+        if {*(task.rows or rows)} <= {*rows} and {*task.after} <= {t.notebook for t in tasks}: tasks.append(task)
+        else: left_out[Path(task.notebook).stem] = "shows rows that were not asked for"
+    return tasks, left_out
+
+
 def plan(profile: Profile | str, # or its name
          data: str | None = None, # folder of the data sets
          device: str = "auto", # auto, cpu, cuda
@@ -644,11 +658,14 @@ def plan(profile: Profile | str, # or its name
          root: Path | None = None, # the project
          here: bool = True, # False: a cluster runs the jobs, so GPUs are not looked for here
          weights: str | None = None, # file of the encoder's pretrained weights; None: its usual place
+         rows: list[str] | None = None, # only these; notebooks that name others are left out; None: all
         ) -> Plan:
     "Validate a profile, work out every job's identity and say what of it is left; ValueError on any bad input."
     root = root or project_root()
     profile = load_profile(profile, root) if isinstance(profile, str) else profile
+    asked, left_out = chosen(profile, rows)
     recipes, gpus = checked_recipes(profile), gpu_count(device, here) if profile.rows else 0
+    recipes = {row: recipe for row, recipe in recipes.items() if row not in left_out}
     given = {"data": str(Path(data).expanduser().resolve()) if data else "", "device": device}
     if weights: given["weights"] = str(Path(weights).expanduser().resolve())
     given |= profile.keeps.model_dump(exclude_defaults=True)
@@ -656,15 +673,15 @@ def plan(profile: Profile | str, # or its name
     check_notebooks(profile, recipes, given, root)
     shown = given | {"figures": relative(figures or root / f"figures/{profile.name}", root)}
     if not here: shown["device"] = "auto" # what is not training may land on a node without GPU
-    digests, left_out = data_digests(recipes, data, given.get("weights"), profile.as_available)
-    recipes = {row: r for row, r in recipes.items() if row not in left_out}
+    digests, without = data_digests(recipes, data, given.get("weights"), profile.as_available)
+    recipes, left_out = {row: r for row, r in recipes.items() if row not in without}, left_out | without
     def kind(recipe): return recipe["objective"], recipe.get("pipeline")
     codes = {k: train_digest(dict(zip(("objective", "pipeline"), k)), profile.train, root) for k in {kind(r) for r in recipes.values()}}
     jobs = [train_job(profile, row, seed, recipe, digests[row], given, root, codes[kind(recipe)])
             for seed in every_seed(profile) for row, recipe in recipes.items() if seed in seeds_of(profile, row)]
     together = " ".join(sorted(set(digests.values())))
     above = []
-    for task in profile.notebooks: above.append(notebook_job(task, profile, jobs, shown, together, root, above))
+    for task in asked: above.append(notebook_job(task, profile, jobs, shown, together, root, above))
     jobs += above
     names = [j.id for j in jobs]
     for job in jobs:

@@ -426,7 +426,7 @@ def check_start(expected: dict[str, float], # metric -> Recall@1 in per cent tha
     "ValueError when an encoder does not start where the published one did: something of what follows would be another experiment."
     for metric, value in expected.items():
         if f"test/{metric}/recall@1" not in seen:
-            raise ValueError(f"expected names the metric {metric!r}; known: {', '.join(k.split('/')[1] for k in seen)}")
+            raise ValueError(f"expected names the metric {metric!r}; known: {', '.join(dict.fromkeys(k.split('/')[1] for k in seen))}")
         ours = 100 * seen[f"test/{metric}/recall@1"]
         if not abs(ours - value) <= tolerance:
             raise ValueError(f"before training Recall@1 ({metric}) is {ours:.2f} here and {value:.2f} in print, more than {tolerance:g} point apart: "

@@ -21,26 +21,36 @@ def test_the_ladder_is_climbed_and_its_arithmetic_holds(tmp_path, monkeypatch):
     main(["training", "--size", "24", "--crop", "16", "--batch", "8", "--steps", "1", "--rounds", "2", "--out", str(tmp_path)])
     table, text = pd.read_csv(tmp_path / f"training_{'gpu' if torch.cuda.is_available() else 'cpu'}.csv"), next(tmp_path.glob("*.md")).read_text()
     assert table.rung.iloc[0] == "fp32, DataLoader" and table.rung.iloc[-3] == "+ batches on the device" and table.rung.iloc[-2] == T.ITSELF and table.rung.iloc[-1].startswith("floor")
-    assert np.allclose(table.against_first, table.images_per_second / table.images_per_second[0], rtol=1e-4) and (table.judged_per_second > 0).all() and table.step_against_floor.iloc[-1] == 1
+    assert (table[["judged_per_second", "after_epoch"]] > 0).to_numpy().all() and table.against_first[0] == 1 and table.step_against_floor.iloc[-1] == 1
     assert "hours" not in text and "recipes would take is left out" in text and ("No GPU here" in text) == (not torch.cuda.is_available())
     assert ("dense bf16 peak" in text) == table.share_of_peak.notna().all()
     assert ("disturbed them" in text) == ((table.high / table.low).max() >= T.STEADY)
-    hours = sum(e * (n / 1000 + m / 4000) for e, n, m in T.RECIPES.values()) / 3600
-    assert f"| all four |  | {hours:.2f} |" in T.recipe_hours(1000., 4000.) and "| CUB | 30 × (5,864 / 1,000 + 5,924 / 4,000) | 0.06 |" in T.recipe_hours(1000., 4000.)
+    hours, told = sum(e * (n / 1000 + m / 4000 + .5) for e, n, m in T.RECIPES.values()) / 3600, T.recipe_hours(1000., 4000., .5)
+    assert f"| all four |  | {hours:.2f} |" in told and "| CUB | 30 × (5,864 / 1,000 + 5,924 / 4,000 + 0.50) | 0.07 |" in told
     whole = pd.DataFrame([dict(rung=name, against_first=a, step_against_floor=b) for name, a, b in ((T.LADDER[0].name, 1., 6.), (T.ITSELF, 5., 1.3))])
     assert [line.endswith(", met") for line in T.targets(whole, 1.1).splitlines()[2:]] == [True, False, True]
     for words in (["--seeds", "3"], ["losses", "--steps", "3"], ["training", "--data", "x"]):
         with pytest.raises(SystemExit): main(words)
 
 
-def test_a_ladder_that_is_stopped_keeps_the_rungs_it_climbed(tmp_path, monkeypatch):
-    "Killed while the run itself is measured: every rung and the floor are written."
+def test_ratios_are_those_within_a_round():
+    "The second round is twice as slow for all: no ratio moves. Medians of the seconds are their own."
+    times = {"fp32, DataLoader": 4., T.ITSELF: 2., T.FLOOR: 1.}
+    seconds = {name: [s, 2 * s, s] for name, s in times.items()} | {T.JUDGING: [.1] * 3, T.AFTER: [.5] * 3}
+    table = T.ladder_table(seconds, 8, 10, torch.device("cpu"))
+    assert table.rung.tolist() == list(times) and table.against_first.tolist() == [1, 2, 4] and table.step_against_floor.tolist() == [4, 2, 1]
+    assert table.images_per_second.tolist() == [2, 4, 8] and table.low.tolist() == [1, 2, 4] and (table.after_epoch == .5).all() and (table.judged_per_second == 10).all()
+
+
+def test_a_ladder_that_is_stopped_keeps_the_rounds_it_has(tmp_path, monkeypatch):
+    "Killed in the second round: every rung, the run itself and the floor are written."
     monkeypatch.setattr(T, "worker_count", lambda batch_bytes: 0)
-    monkeypatch.setattr(T, "run_itself", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt): T.main(tmp_path, size=24, crop=16, batch=8, steps=1, rounds=1)
+    once = []
+    monkeypatch.setattr(T, "print", lambda *said, **_: once.append(said) if "round" not in said[0] else (_ for _ in ()).throw(KeyboardInterrupt), raising=False)
+    with pytest.raises(KeyboardInterrupt): T.main(tmp_path, size=24, crop=16, batch=8, steps=1, rounds=3)
     table = pd.read_csv(next(tmp_path.glob("*.csv")))
-    assert table.rung.tolist() == [r.name for r in T.rungs(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.is_available())]
-    assert table.step_against_floor.notna().all() and table.judged_per_second.isna().all() and T.ITSELF not in next(tmp_path.glob("*.md")).read_text().split("The run itself:")[0]
+    names = [r.name for r in T.rungs(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.is_available())]
+    assert table.rung.tolist() == [*names[:-1], T.ITSELF, names[-1]] and (table.low == table.high).all() and table.notna().drop(columns="share_of_peak").to_numpy().all()
 
 
 def test_workers_are_as_many_as_cores_and_shared_memory_allow():

@@ -604,3 +604,23 @@ def test_a_claim_that_a_notebook_no_longer_makes_is_dropped(root):
     R.write_claim(root / "figures/toy", id="9.9", claim="c", source="s", checked="k", cases=1, violations=0, tolerance=0, notebook="nbs/elsewhere.ipynb")
     assert says("1.1", "1.2") == ["1.1.json", "1.2.json", "9.9.json"]
     assert says("1.1") == ["1.1.json", "9.9.json"]
+
+
+def test_runs_share_the_gpus_that_are_visible(tmp_path):
+    "Two of a machine's GPUs are to be used, four runs want one: each of the two has one run at a time."
+    script = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from dml_companion.engine import one_gpu
+with one_gpu(SimpleNamespace(gpus=2, runs_per_gpu=1), Path(sys.argv[1])):
+    start = time.time(); time.sleep(.5); print(os.environ["CUDA_VISIBLE_DEVICES"], start, time.time())
+"""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "3, GPU-5"}
+    started = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    turns = {}
+    for gpu, start, end in (p.communicate(timeout=120)[0].split() for p in started): turns.setdefault(gpu, []).append((float(start), float(end)))
+    assert set(turns) <= {"3", "GPU-5"} and sum(map(len, turns.values())) == 4
+    for mine in turns.values(): assert all(a[1] <= b[0] for a, b in zip(sorted(mine), sorted(mine)[1:]))
+    alone = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env | {"CUDA_VISIBLE_DEVICES": "1"}, stdout=subprocess.PIPE, text=True)
+    assert alone.stdout.split()[0] == "1"

@@ -96,8 +96,8 @@ def test_every_field_changes_the_run(field, data, reference):
     if "schedule" in changes:
         recipe = Recipe(**stairs, **changes)
         without = Recipe(**stairs, **(dict(changes, decay=.1) if field == "decay" else dict(schedule="constant")))
-        base = fit(without, source, make(without), progress=False) if field != "schedule" else reference
-        assert not same(base, fit(recipe, source, make(recipe), progress=False))
+        base = fit(without, source, make(without), device="cpu", progress=False) if field != "schedule" else reference
+        assert not same(base, fit(recipe, source, make(recipe), device="cpu", progress=False))
         return
     base = reference
     if field == "epsilon": base = run(data, optimizer="adam", lr=.01)
@@ -310,14 +310,14 @@ def augment(*a):
     time.sleep(.03)
     return slow(*a)
 training.augment_batch = augment
-training.fit(recipe, load("glyphs", progress=False, **{small!r}), partial(objectives.make, "center"), seed=5, folder=sys.argv[1], progress=False)
+training.fit(recipe, load("glyphs", progress=False, **{small!r}), partial(objectives.make, "center"), seed=5, folder=sys.argv[1], device="cpu", progress=False)
 """
 
 
 def test_kill_9_and_resume_is_bit_exact(tmp_path, data):
     base = {**BASE, "epochs": 6}
     recipe = Recipe(**base, objective="center")
-    whole = fit(recipe, data, make(recipe), seed=5, progress=False)
+    whole = fit(recipe, data, make(recipe), seed=5, device="cpu", progress=False)
     child = subprocess.Popen([sys.executable, "-c", CHILD.format(base=base, small=SMALL), str(tmp_path)])
     deadline = time.time() + 120
     while time.time() < deadline and child.poll() is None:
@@ -328,7 +328,7 @@ def test_kill_9_and_resume_is_bit_exact(tmp_path, data):
     child.wait()
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"]
     assert 2 <= done < 6, f"the run was to be killed in its middle, it had done {done} epochs"
-    resumed = fit(recipe, data, make(recipe), seed=5, folder=tmp_path, progress=False)
+    resumed = fit(recipe, data, make(recipe), seed=5, folder=tmp_path, device="cpu", progress=False)
     assert same(whole, resumed)
     assert all(torch.equal(a, b) for a, b in zip(whole.objective.state_dict().values(), resumed.objective.state_dict().values()))
 

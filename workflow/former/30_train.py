@@ -1,4 +1,4 @@
-# stands for 71e2ebc4761f81da94895aa25d0d96a4eac505868ce2e0eb96ba63d8223a5a32
+# stands for 1ff980c8911d549eba47e05395d86a642959be3e15fb4f844dc15500bfdbec78
 from functools import partial
 import io, warnings
 
