@@ -77,7 +77,8 @@ def make_plan(profile: str, data: str | None, device: str, figures: str | None,
         os.environ["DML_ROOT"] = str(root)
         from dml_companion.profiles import plan
         found = plan(profile, data, device, figures, root, here, weights, rows)
-        for why, rows in found.not_run().items(): say(f"not run: {', '.join(rows)} ({why})", err)
+        for why, without in found.not_run().items():
+            if why != "not asked for": say(f"not run: {', '.join(without)} ({why})", err)
         if here and (why := found.slow()): say(why, err)
         return root, found
     except (ValueError, FileNotFoundError) as e: give_up(e)
@@ -672,7 +673,7 @@ def together(row: Annotated[str, typer.Argument(help="A row of the profile.")], 
         if seed not in (seeds := seeds_of(asked, row)): raise ValueError(f"row {row!r} has no seed {seed}; known: {', '.join(map(str, seeds))}")
     except (ValueError, FileNotFoundError) as e: give_up(e)
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=2))      # for those who wait while the first one packs, or looks
-    with state.main_process_first(): root, plan = make_plan(profile, data, device, None, weights=weights)      # the first one packs the images
+    with state.main_process_first(): root, plan = make_plan(profile, data, device, None, weights=weights, rows=[row])      # the first one packs the images
     if row in plan.left_out: give_up(ValueError(f"row {row!r} cannot be run: {plan.left_out[row]}"))
     found = [j for j in plan.jobs if j.kind == "train" and (j.row, j.seed) == (row, seed)]
     try: train_cells(found[0], root)

@@ -624,3 +624,21 @@ with one_gpu(SimpleNamespace(gpus=2, runs_per_gpu=1), Path(sys.argv[1])):
     for mine in turns.values(): assert all(a[1] <= b[0] for a, b in zip(sorted(mine), sorted(mine)[1:]))
     alone = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env | {"CUDA_VISIBLE_DEVICES": "1"}, stdout=subprocess.PIPE, text=True)
     assert alone.stdout.split()[0] == "1"
+
+
+def test_some_rows_of_a_profile(root, monkeypatch):
+    "Asked for by name: their runs, the notebooks that show no others, and no loss of what was published."
+    write_profile(root, notebooks=[{"notebook": "nbs/table.ipynb"}, {"notebook": "nbs/alone.ipynb", "rows": ["large"]}])
+    code, said = command_here(root, monkeypatch, "reproduce", "-p", "toy", "--row", "smal")
+    assert code == 2 and "profile 'toy' has no row 'smal', did you mean 'small'? Its rows: large, small" in said
+    assert command(root, "reproduce", "-p", "toy", "--row", "small")[0] == 0
+    lines = (root / "figures/toy/table.csv").read_text().splitlines()
+    assert len(lines) == 2 and not list((root / "runs/train/glyphs").glob("large")) and not list((root / "runs/notebooks/toy").glob("alone*"))
+    assert "Not run: alone (shows rows that were not asked for)." in (root / "figures/toy/README.md").read_text()
+    code, said = command_here(root, monkeypatch, "status", "-p", "toy", "--row", "small")
+    assert code == 0 and "2 finished" in said and "large" not in said
+    code, said = command_here(root, monkeypatch, "reproduce", "-p", "toy", "--row", "large")
+    assert code == 2 and "figures/toy holds published runs of small, which --row would remove from it: add --figures runs/figures/some" in said
+    code, said = command_here(root, monkeypatch, "reproduce", "-p", "toy", "--row", "large", "--figures", "runs/figures/some", "-n")
+    assert code == 0 and "3 of 3 notebooks would run" in said
+    assert command(root, "reproduce", "-p", "toy")[0] == 0 and len((root / "figures/toy/table.csv").read_text().splitlines()) == 3

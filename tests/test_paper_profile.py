@@ -119,8 +119,14 @@ def test_rows_without_images_are_left_out_and_named(trees, tmp_path, monkeypatch
     assert made.not_run() == {f"needs the images of {name}, see dml-companion data list": [name, f"{name}_fair"] for name in ("sop", "inshop")}
     assert [j.parameters.get("expected") for j in made.jobs if j.row == "cars196"] == [{"cosine": 45.28, "euclidean": 43.39}]
     with pytest.raises(FileNotFoundError, match="To have it"): plan(profile, str(tmp_path / "nothing"), "cpu", root=ROOT)
+    only = plan(profile, str(trees), "cpu", root=ROOT, rows=["cub", "cars196"])
+    assert [(j.row, j.seed) for j in only.jobs if j.kind == "train"] == [("cub", 0), ("cars196", 0)] and {j.run for j in only.jobs if j.run} <= {j.run for j in made.jobs}
     profile.as_available = False
     with pytest.raises(FileNotFoundError, match="sop"): plan(profile, str(trees), "cpu", root=ROOT)
+    profile.as_available = True
+    (trees / "cars196/car_ims/000001.jpg").unlink()
+    cut = plan(profile, str(trees), "cpu", root=ROOT).not_run()
+    assert cut["lacks some images of cars196, see dml-companion data list"] == ["cars196", "cars196_fair"]
 
 
 def test_the_table_without_any_run(tmp_path):
