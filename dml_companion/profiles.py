@@ -646,7 +646,7 @@ def chosen(profile: Profile, rows: list[str] | None, # None or []: all
         if row not in profile.rows: raise ValueError(f"profile {profile.name!r} has no row {row!r}{nearest_name(row, profile.rows)} Its rows: {', '.join(profile.rows) or 'none'}")
     tasks, left_out = [], {row: "not asked for" for row in profile.rows if row not in rows}
     for task in profile.notebooks:
-        if {*(task.rows or rows)} <= {*rows} and {*task.after} <= {t.notebook for t in tasks}: tasks.append(task)
+        if {*(task.rows or rows)} <= {*rows} and {*task.after} <= {t.notebook for t in tasks}: tasks.append(task.model_copy(update={"rows": task.rows or [*rows]}))
         else: left_out[Path(task.notebook).stem] = "shows rows that were not asked for"
     return tasks, left_out
 
