@@ -176,18 +176,21 @@ def draw(table):
     from dml_companion.reproduction import use_house_style
     use_house_style()
     panels = list(table.groupby(["data", "n"], sort=False))
-    fig, axes = plt.subplots(1, len(panels), figsize=(max(4.6, 2.9 * len(panels)), 3.1), sharey=True, squeeze=False)
-    for ax, ((data, n), rows) in zip(axes[0], panels):
+    wide = min(2, len(panels))
+    fig, axes = plt.subplots(-(-len(panels) // wide), wide, figsize=(3.4 * wide, 2.6 * -(-len(panels) // wide) + .9), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels):]: ax.set_axis_off()
+    for ax, ((data, n), rows) in zip(axes.flat, panels):
         for name, (colour, marker) in LOOKS.items():
             mine = rows[rows["index"] == name]
             ax.plot(1e3 * mine.seconds, mine.recall, color=colour, marker=marker, ms=4, lw=1.4, label=name)
         ax.axvline(1e3 * rows[rows["index"] == "exact"].seconds.iloc[0], color="black", lw=1, ls="--", label="exact")
-        ax.set(xscale="log", ylim=(0, 1.03), xlabel="milliseconds a query", title=f"{n:,} {data}, d = {rows.d.iloc[0]}")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if rows.seconds.max() > 100 * rows.seconds.min() else (1, 3)))
-        ax.xaxis.set_major_formatter("{x:g}"); ax.xaxis.set_minor_formatter(NullFormatter())
-    axes[0, 0].set_ylabel(f"recall of the {K} nearest")
-    axes[0, -1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
-    fig.text(0, -.12, f"Cosine, {table.queries.iloc[0]:,} queries at once, quickest round.\nPoints: nprobe, or ef_search of hnsw; dashed: exact search.", size=8)
+        ax.set(xscale="log", ylim=(0, 1.03), title=f"{n:,} {data}, d = {rows.d.iloc[0]}")
+        ax.title.set_size(9)
+        ax.xaxis.set_major_locator(LogLocator()); ax.xaxis.set_major_formatter("{x:g}"); ax.xaxis.set_minor_formatter(NullFormatter())
+    for ax in axes[-1]: ax.set_xlabel("milliseconds a query")
+    for ax in axes[:, 0]: ax.set_ylabel(f"recall of the {K} nearest")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    fig.suptitle(f"Cosine, {table.queries.iloc[0]:,} queries at once, quickest round. Points: nprobe, or ef_search of hnsw", size=8)
     return fig
 
 
