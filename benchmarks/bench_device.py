@@ -219,6 +219,7 @@ def markdown(table, rounds: int, device: str) -> str:
         "## How, and what is not here",
         f"Everything lies on the device before the clock starts, and the clock waits for the device. All contenders of a size run one after the other in each "
         f"round, in random order; ratios are medians over rounds of ratios within a round. *{NO_ROOM}*: it does not fit beside the matrices of the floor. {refuses}",
+        *(["On a GPU no loss looks at its labels, since that would make the host wait: angular multiplies whole (B, B) matrices there, and losses with a table of positives keep B - 1 columns."] if device == "cuda" else []),
         "Not measured here: bf16, TF32, compiled losses, other libraries, several devices, indexes.", "\n".join(machine_lines())])
 
 

@@ -116,6 +116,7 @@ def _check_codes(o: dict, dim: int, words: int) -> None:
         good = [m for m in range(1, dim + 1) if dim % m == 0]
         raise ValueError(f"m={o['m']} does not divide the dimension {dim}: use one of {', '.join(map(str, good))}")
     if o["bits"] > 8: raise ValueError(f"bits={o['bits']}: use bits <= 8, and a larger m for finer codes")
+    if o["train"] < 2: raise ValueError(f"{o['train']} training point makes no codewords: use index='exact' for so few vectors")
     if words > o["train"]:
         raise ValueError(f"bits={o['bits']} are {words} codewords, but there are only {o['train']} training points: "
                          f"use bits <= {max(1, o['train'].bit_length() - 1)}")

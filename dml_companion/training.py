@@ -483,7 +483,8 @@ def alone_in(folder: Path | None, # of a run; None: nothing to hold
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "training.lock")
     try: lock.acquire(timeout=0)
-    except Timeout: raise FolderInUse(f"another process trains in {folder}: wait for it, or choose another folder") from None
+    except Timeout: raise FolderInUse(f"another process trains in {folder}: wait for it, or choose another folder. If none does (on a file system without locks "
+                                     f"a process that died leaves its mark), delete {lock.lock_file}") from None
     try: yield
     finally: lock.release()
 

@@ -56,6 +56,17 @@ def test_a_small_run_writes_its_files_and_its_arithmetic_holds(tmp_path, on_cpu)
     for r in losses[losses["size"] == 32].itertuples(): assert re.search(rf"\| {re.escape(r.name)} \| [\d.]+ \| {r.times_floor:.2f} \|", text), r.name
 
 
+def test_a_part_alone(tmp_path, on_cpu):
+    main([*WORDS, "--only", "classes", "--out", str(tmp_path)])
+    assert set(pd.read_csv(tmp_path / "device_cpu.csv").part) == {"classes"}
+    with pytest.raises(SystemExit): main(["device", "--only", "ranks"])
+
+
+@pytest.mark.parametrize("error, out", [(torch.OutOfMemoryError("x"), True), (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+                                        (RuntimeError("DefaultCPUAllocator: not enough memory"), True), (RuntimeError("shapes differ"), False)])
+def test_memory_runs_out_in_several_words(error, out): assert D.no_memory(error) == out
+
+
 def test_what_does_not_fit_is_an_entry(tmp_path, on_cpu, monkeypatch):
     "A loss that runs out of memory, one that does so only beside the others, one that fails, and one that a CPU refuses beforehand."
     class Full(torch.nn.Module):

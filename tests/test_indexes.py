@@ -344,6 +344,7 @@ BAD[4, 1], ZERO[3], LATE[599, 0] = np.nan, 0, np.nan
     (lambda: I.index_options("ivf_pq", 600, 12, m=5), "m=5 does not divide the dimension 12: use one of 1, 2, 3, 4, 6, 12"),
     (lambda: I.index_options("ivf_pq", 600, 12, bits=9), "bits=9: use bits <= 8"),
     (lambda: I.index_options("ivf_pq", 600, 12, bits=10**9), "use bits <= 8"),
+    (lambda: I.index_options("ivf_pq", 1, 12), "1 training point makes no codewords: use index='exact'"),
     (lambda: I.index_options("ivf_pq", 200, 12, bits=8), "256 codewords, but there are only 200 training points: use bits <= 7"),
     (lambda: I.index_options("hnsw", 600, 12, M=1), "at least 2 links"),
     (lambda: I.index_options("hnsw", 600, 12, M=True), "M must be a whole number of at least 1, got True"),

@@ -189,7 +189,7 @@ def test_a_second_process_is_refused_and_a_dead_one_forgotten(tmp_path, data):
         fit(RECIPE, data, partial(objectives.make, "center"), seed=5, folder=folder, device="cpu", progress=False, observe=wait)
     pid = in_child(work)
     while not ready.exists(): time.sleep(.02)
-    with pytest.raises(FolderInUse, match="another process trains in .*run: wait for it, or choose another folder"): train(data, folder)
+    with pytest.raises(FolderInUse, match="another process trains in .*run: wait for it, or choose another folder.* delete .*run/training.lock"): train(data, folder)
     os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
     result = train(data, folder, RECIPE.model_copy(update={"epochs": 1}))
     assert len(result.history) == 2 and json.loads((folder / "progress.json").read_text())["epoch"] == 1
