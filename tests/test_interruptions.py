@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from dml_companion import objectives, training
+from dml_companion import device_training, objectives, training
 from dml_companion.datasets import load
 from dml_companion.training import DiskFull, FolderInUse, Recipe, checkpoint_before, fit, load_checkpoint, save_checkpoint, sealed, unsealed
 
@@ -61,23 +61,26 @@ def deadly(calls: int):
         return g
     for name in ("fsync", "replace", "link"): setattr(os, name, counted(getattr(os, name)))
     for name in ("augment_batch", "sealed", "random_states"): setattr(training, name, counted(getattr(training, name)))
+    device_training.augment = counted(device_training.augment)
 
 
-def test_twenty_kills_at_random_moments_change_no_bit(tmp_path, data, whole):
-    reference, seconds = whole
+@pytest.mark.parametrize("pipeline", ["host", "device"])
+def test_twenty_kills_at_random_moments_change_no_bit(pipeline, tmp_path, data):
+    recipe, start = RECIPE.model_copy(update={"pipeline": pipeline}), time.monotonic()
+    reference, seconds = train(data, recipe=recipe), time.monotonic() - start
     dice, epochs = random.Random(0), []
     for kill in range(20):                                                # by our hand after a random time, or by its own at a random step
         calls, pause = dice.randrange(24), dice.uniform(0, seconds / 30)
         def work():
             if kill % 2: deadly(calls)
-            train(data, tmp_path)
+            train(data, tmp_path, recipe)
         pid = in_child(work)
         if not kill % 2: time.sleep(pause); os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"the run ended by itself after {kill} kills, in epochs {epochs}: {status}"
         if (tmp_path / "checkpoint.pt").exists(): epochs.append(unsealed(tmp_path / "checkpoint.pt")["epoch"])
-    assert epochs == sorted(epochs) and 0 < epochs[-1] < RECIPE.epochs, epochs
-    assert same(train(data, tmp_path), reference)
+    assert epochs == sorted(epochs) and 0 < epochs[-1] < recipe.epochs, epochs
+    assert same(train(data, tmp_path, recipe), reference)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b[:-1], lambda b: b"", lambda b: b[:900] + bytes([b[900] ^ 1]) + b[901:],
