@@ -14,7 +14,7 @@ from dml_companion.profiles import Job, Plan, checked_recipes, load_profile, pla
 ROOT = Path(__file__).parents[1]
 AGAIN = "nbs/04_experiments/31d_the_same_rows_again.ipynb"
 FULL = {"omniglot_full": "omniglot", "grocery_full": "grocery", "family_full": "family"}
-PATH = {"grocery_device": "grocery", "family_device": "family"} # the same size
+PATH = {"grocery_device": "grocery", "family_device": "family", "omniglot_device": "omniglot"} # the same size
 LARGER = {"omniglot_full": dict(size=64, encoder_options={"width": 64}, epochs=40, patience=40), "family_full": dict(size=64, encoder_options={"width": 64}, epochs=40, patience=40),
           "grocery_full": dict(size=128, epochs=30, patience=30, warmup=100)}
 
