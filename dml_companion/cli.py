@@ -9,10 +9,10 @@ __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', '
            'SplitOption', 'SkipOption', 'PhotosOption', 'NeighboursOption', 'SideOption', 'SetOption', 'RateOption',
            'index_app', 'MatrixArgument', 'IndexArgument', 'IndexSetOption', 'CardArgument', 'CardOption', 'LEGEND',
            'data_app', 'NameArgument', 'SizeOption', 'CacheOption', 'OfficialOption', 'DigestOption', 'say', 'give_up',
-           'make_plan', 'version', 'overview', 'counts', 'status', 'reproduce', 'tune', 'own_cores', 'find_cluster',
-           'preview', 'run_plan', 'place', 'polite_signals', 'report', 'line_of', 'bar', 'watch', 'wait',
-           'beside_each_other', 'elsewhere', 'repeat', 'in_a_sentence', 'as_split', 'confess', 'embed', 'evaluate',
-           'some', 'scoreboard', 'train', 'report_training', 'as_options', 'search', 'sheet', 'index_build',
+           'make_plan', 'without_images', 'version', 'overview', 'counts', 'status', 'reproduce', 'tune', 'own_cores',
+           'find_cluster', 'preview', 'run_plan', 'place', 'polite_signals', 'report', 'line_of', 'bar', 'watch',
+           'wait', 'beside_each_other', 'elsewhere', 'repeat', 'in_a_sentence', 'as_split', 'confess', 'embed',
+           'evaluate', 'some', 'scoreboard', 'train', 'report_training', 'as_options', 'search', 'sheet', 'index_build',
            'index_query', 'hung', 'family', 'objectives', 'data_list', 'data_prepare', 'again_line', 'data_verify',
            'together', 'job', 'main']
 
@@ -69,7 +69,8 @@ def give_up(error: Exception) -> None:
 
 
 def make_plan(profile: str, data: str | None, device: str, figures: str | None,
-              here: bool = True, weights: str | None = None, rows: list[str] | None = None): # here=False: the jobs run on a cluster; returns (root, Plan)
+              here: bool = True, weights: str | None = None, rows: list[str] | None = None,
+              kept: bool = False): # here=False: the jobs run on a cluster; kept=True: without images, the plan that was kept will do; returns (root, Plan)
     "The plan of a profile; bad input ends the command."
     from dml_companion.reproduction import project_root
     try:
@@ -81,10 +82,21 @@ def make_plan(profile: str, data: str | None, device: str, figures: str | None,
             if why != "not asked for": say(f"not run: {', '.join(without)} ({why})", err)
         if here and (why := found.slow()): say(why, err)
         return root, found
-    except (ValueError, FileNotFoundError) as e: give_up(e)
+    except (ValueError, FileNotFoundError) as e:
+        if kept and (old := without_images(e, profile, root)): return root, old
+        give_up(e)
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("dml_companion"): raise
         give_up(ModuleNotFoundError(f"{e}; the pipeline needs more: pip install 'dml-companion[reproduce]'"))
+
+
+def without_images(error: Exception, profile: str, root: Path) -> "Plan | None":
+    "The kept plan, where nothing but images is missing."
+    from dml_companion.datasets import MissingData
+    from dml_companion.profiles import kept_plan, load_profile
+    old = kept_plan(load_profile(profile, root).name, root) if isinstance(error, MissingData) else None
+    if old: say(f"{str(error).splitlines()[0]}\nso these are the jobs of the plan that the last reproduce made, {old.path()}; an edit to code or recipes since then is not seen", err)
+    return old
 
 
 @app.callback(invoke_without_command=True)
@@ -119,7 +131,7 @@ def counts(plan: "Plan") -> str:
 def status(profile: ProfileOption = "quick", data: DataOption = None, device: DeviceOption = "auto",
            figures: FiguresOption = None, weights: PlanWeightsOption = None, row: RowsOption = None) -> None:
     "Which runs of a profile are finished, stale, failed or missing, and why."
-    root, plan = make_plan(profile, data, device, figures, weights=weights, rows=row)
+    root, plan = make_plan(profile, data, device, figures, weights=weights, rows=row, kept=True)
     out.print(overview(plan))
     say(f"{profile}: {counts(plan)}")
 

@@ -9,7 +9,7 @@ __all__ = ['OWN', 'BUDGET', 'BASIC', 'STATES', 'NO_LOCKS', 'Strict', 'DataChoice
            'load_profile', 'search_of', 'checked_recipe', 'checked_recipes', 'unequal', 'Parameter', 'annotated',
            'parameters_of', 'check_parameters', 'Job', 'train_job', 'labels_of', 'notebook_job', 'other_records',
            'beside', 'spoilt', 'take_lock', 'is_locked', 'difference', 'predecessor', 'judge', 'Plan', 'refresh',
-           'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks', 'chosen', 'plan', 'records_of']
+           'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks', 'chosen', 'plan', 'kept_plan', 'records_of']
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c02
 import ast, errno, fcntl, os, re, sys
@@ -692,6 +692,15 @@ def plan(profile: Profile | str, # or its name
                         figures=shown["figures"], minutes=profile.minutes, python=sys.executable), root)
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c51
+def kept_plan(name: str, # of a profile
+              root: Path | None = None, # the project
+             ) -> Plan | None: # None: there is none, or another version of this package wrote it
+    "The plan that the last `reproduce` of a profile left in `runs/plans`, its jobs looked at again: for a machine without the images."
+    root = root or project_root()
+    try: return refresh(Plan(**(read_json(root / f"runs/plans/{name}.json") or {})), root)
+    except ValueError: return None
+
+
 def records_of(profile: str, # name of a profile
                data: str | None = None, # folder of the data sets
                root: Path | None = None, # the project

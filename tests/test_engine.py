@@ -642,3 +642,20 @@ def test_some_rows_of_a_profile(root, monkeypatch):
     code, said = command_here(root, monkeypatch, "reproduce", "-p", "toy", "--row", "large", "--figures", "runs/figures/some", "-n")
     assert code == 0 and "3 of 3 notebooks would run" in said
     assert command(root, "reproduce", "-p", "toy")[0] == 0 and len((root / "figures/toy/table.csv").read_text().splitlines()) == 3
+
+
+def test_status_where_the_images_are_not(root, monkeypatch):
+    "A login node without the images shows the jobs of the plan that was kept; without one it says what is missing."
+    from dml_companion import datasets
+    assert command(root, "reproduce", "-p", "toy", "--row", "small")[0] == 0
+    def missing(*_, **__): raise datasets.MissingData("glyphs: looked for them in /nowhere.\nTo have it, ...")
+    monkeypatch.setattr(datasets, "load", missing)
+    code, said = command_here(root, monkeypatch, "status", "-p", "toy")
+    assert code == 0 and "glyphs: looked for them in /nowhere." in said and "runs/plans/toy.json" in said and "3 finished" in said
+    (root / "runs/train/glyphs/small").rename(root / "runs/elsewhere")
+    code, said = command_here(root, monkeypatch, "status", "-p", "toy")
+    assert code == 0 and "1 missing" in said
+    assert command_here(root, monkeypatch, "reproduce", "-p", "toy", "-n")[0] == 2
+    R.write_json_atomic(root / "runs/plans/toy.json", {"another": "form"})
+    code, said = command_here(root, monkeypatch, "status", "-p", "toy")
+    assert code == 2 and "To have it" in said
