@@ -220,6 +220,7 @@ def markdown(table, rounds: int, device: str) -> str:
         f"Everything lies on the device before the clock starts, and the clock waits for the device. All contenders of a size run one after the other in each "
         f"round, in random order; ratios are medians over rounds of ratios within a round. *{NO_ROOM}*: it does not fit beside the matrices of the floor. {refuses}",
         *(["On a GPU no loss looks at its labels, since that would make the host wait: angular multiplies whole (B, B) matrices there, and losses with a table of positives keep B - 1 columns."] if device == "cuda" else []),
+        *([f"Left out of this run: {', '.join(absent)}."] if (absent := [part for part in PARTS if not (table.part == part).any()]) else []),
         "Not measured here: bf16, TF32, compiled losses, other libraries, several devices, indexes.", "\n".join(machine_lines())])
 
 
@@ -291,7 +292,9 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
     "Measure and write device_gpu or device_cpu: .csv, _rounds.csv, .md, .svg, .png; tables again after every size."
     from dml_companion.reproduction import output_folder, save_figure
     device, before, precision = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads(), torch.get_float32_matmul_precision()
+    if {*only} != {*PARTS} and Path(out_folder) == Path("figures/bench"): raise ValueError("a part alone would replace the whole table in figures/bench: give it a folder of its own with --out")
     use = SIZES[device] | {k: v for k, v in dict(batches=batches, classes=classes, exact=exact, rounds=rounds).items() if v is not None}
+    if {*only} == {"search"} and not use["exact"][0]: raise ValueError("--only search with --exact 0 0 leaves nothing to measure")
     if min(use["exact"]) < 0 or 0 < use["exact"][0] <= K or (use["exact"][0] and not use["exact"][1]):
         raise ValueError(f"exact search needs more than {K} vectors and a dimension, got {use['exact'][0]} {use['exact'][1]}; 0 0 leaves it out")
     folder, rows, raw = output_folder(out_folder), [], []

@@ -39,6 +39,7 @@ from dml_companion.datasets import Split
 from dml_companion.device import DevicePack, augment, training_batches
 from dml_companion.device_training import DeviceRun
 from dml_companion.encoders import build_encoder, embed
+from dml_companion.retrieval import recall_at_k
 from dml_companion.training import Augment, Recipe, Run, epoch_batches, train_epoch
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12} # dense bf16 FLOP/s in NVIDIA's data sheets (SXM boards)
@@ -98,7 +99,7 @@ LADDER = (Rung("fp32, DataLoader"), Rung("+ tf32", tf32=True), Rung("+ bf16", tf
           Rung("+ batches on the device", device_batches=True, tf32=True, bf16=True, channels_last=True, compiled=True))
 
 
-ITSELF, JUDGING, AFTER = "the run itself, whole epochs", "images that are judged", "what follows an epoch"
+ITSELF, JUDGING, SEARCHING, AFTER = "the run itself, whole epochs", "images that are judged", "pairs that are searched", "what follows an epoch"
 FLOOR = "floor: one batch, again and again"
 
 
@@ -170,12 +171,12 @@ class Way(NamedTuple):
 
 
 @contextmanager
-def switched(rung: Rung) -> Iterator[None]:
+def switched(rung: Rung, same_shapes: bool = True) -> Iterator[None]: # same_shapes: cudnn may look for the quickest kernels
     "TF32 as a rung has it."
     torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = rung.tf32, True
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = rung.tf32, same_shapes
     try: yield
-    finally: torch.set_float32_matmul_precision("highest")
+    finally: torch.set_float32_matmul_precision("highest"); torch.backends.cudnn.benchmark = False
 
 
 def rung_way(rung: Rung, recipe: Recipe, batches: Iterator, device: torch.device, steps: int, ahead: int, rest: float) -> Way: # batches in advance, seconds
@@ -189,12 +190,17 @@ def rung_way(rung: Rung, recipe: Recipe, batches: Iterator, device: torch.device
 
 
 def run_ways(recipe: Recipe, split: Split, device: torch.device, folder: Path, rest: float) -> list[Way]:
-    "Notebook 05c's run with all that it does: whole epochs, embedding as many images as are judged, and what follows an epoch: a look at watched images, a checkpoint."
+    """Notebook 05c's run with all that it does: whole epochs; embedding images that are judged; search among them, both metrics, K up to 1,000 as on SOP;
+    and what follows an epoch: a look at watched images, a checkpoint."""
     given = recipe.model_copy(update=dict(precision="bf16", lr=1e-3, patience=100))
     run = DeviceRun(given, SimpleNamespace(digest="noise"), split, split, partial(objectives.make, "cross_entropy", label_smoothing=.1), 0, folder, device.type)
     def after(): run.look(dict(epoch=run.epoch)); run.save()
-    calls = {ITSELF: (lambda: train_epoch(run, 10**6), len(split) // recipe.batch_size), JUDGING: (lambda: embed(run.bare, run.pack), len(split)), AFTER: (after, 1)}
-    ways = [Way(name, partial(time.sleep, rest), switched(LADDER[-1])(waited(call, device.type)), units) for name, (call, units) in calls.items()]
+    n = RECIPES["SOP"][2] if device.type == "cuda" else len(split)
+    z, labels = torch.randn(n, run.bare.dim, device=device, generator=torch.Generator(device).manual_seed(0)), np.arange(n) % (n // 5)
+    def search():
+        for metric in ("cosine", "euclidean"): recall_at_k(z, labels, [k for k in (1, 10, 100, 1000) if k < n], metric=metric)
+    calls = {ITSELF: (lambda: train_epoch(run, 10**6), len(split) // recipe.batch_size), JUDGING: (lambda: embed(run.bare, run.pack), len(split)), SEARCHING: (search, n * n), AFTER: (after, 1)}
+    ways = [Way(name, partial(time.sleep, rest), switched(LADDER[-1], name == ITSELF)(waited(call, device.type)), units) for name, (call, units) in calls.items()]
     for way in ways: way.block()
     return ways
 
@@ -243,15 +249,15 @@ def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, round
         print(f"round {done} of {rounds}", flush=True)
 
 
-def ladder_table(seconds: dict[str, list[float]], batch: int, flops: int, device: torch.device) -> "pd.DataFrame": # seconds: a step, an image, an epoch's end, one a round
+def ladder_table(seconds: dict[str, list[float]], batch: int, flops: int, device: torch.device) -> "pd.DataFrame": # seconds: a step, an image, a pair, an epoch's end, one a round
     "One line a rung, the floor last; ratios are medians over rounds of ratios within a round."
     import pandas as pd
     card = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((v for k, v in PEAKS.items() if k in card and "NVL" not in card and "MIG" not in card), math.nan)
-    names = [name for name in seconds if name not in (JUDGING, AFTER, ITSELF, FLOOR)] + [ITSELF, FLOOR]
-    first, floor, judging, after = (seconds[name] for name in (names[0], FLOOR, JUDGING, AFTER))
+    names = [name for name in seconds if name not in (JUDGING, SEARCHING, AFTER, ITSELF, FLOOR)] + [ITSELF, FLOOR]
+    first, floor, judging, search, after = (seconds[name] for name in (names[0], FLOOR, JUDGING, SEARCHING, AFTER))
     lines = [dict(rung=name, images_per_second=batch / statistics.median(spent), low=batch / max(spent), high=batch / min(spent), flops_per_image=flops,
-                  share_of_peak=batch / statistics.median(spent) * flops / peak, judged_per_second=1 / statistics.median(judging), after_epoch=statistics.median(after),
+                  share_of_peak=batch / statistics.median(spent) * flops / peak, judged_per_second=1 / statistics.median(judging), pairs_per_second=1 / statistics.median(search), after_epoch=statistics.median(after),
                   against_first=ratio(first, spent), step_against_floor=ratio(spent, floor)) for name in names for spent in (seconds[name],)]
     return pd.DataFrame(lines)
 
@@ -290,21 +296,21 @@ def targets(table, hours: float) -> str: # of `ladder`, whole, at the paper's si
     return "\n".join(["Targets:", "", *(f"- {what}, {'met' if met else 'not met'}" for what, met in asked)])
 
 
-def hours_of(speed: float, judging: float, after: float) -> dict[str, float]: # of each recipe
-    "Training and judging, from images a second, and the seconds that follow an epoch."
-    return {who: epochs * (train / speed + judged / judging + after) / 3600 for who, (epochs, train, judged) in RECIPES.items()}
+def hours_of(speed: float, judging: float, pairs: float, after: float) -> dict[str, float]: # of each recipe
+    "Training and judging, from images a second, searched pairs a second, and the seconds that follow an epoch."
+    return {who: epochs * (train / speed + judged / judging + judged**2 / pairs + after) / 3600 for who, (epochs, train, judged) in RECIPES.items()}
 
 
-def recipe_hours(speed: float, judging: float, after: float) -> str: # images a second, seconds
+def recipe_hours(speed: float, judging: float, pairs: float, after: float) -> str: # images, images and pairs a second; seconds
     "What that makes of the paper's four recipes."
-    hours = hours_of(speed, judging, after)
-    rows = [[who, f"{epochs} × ({train:,} / {speed:,.0f} + {judged:,} / {judging:,.0f} + {after:.2f})", f"{hours[who]:.2f}"] for who, (epochs, train, judged) in RECIPES.items()]
+    hours = hours_of(speed, judging, pairs, after)
+    rows = [[who, f"{epochs} × ({train:,} / {speed:,.0f} + {judged:,} / {judging:,.0f} + {judged**2 / pairs:.2f} + {after:.2f})", f"{hours[who]:.2f}"] for who, (epochs, train, judged) in RECIPES.items()]
     return "\n\n".join([
         "## What the paper's four recipes would take", f"The run itself trains on {speed:,.1f} images a second, and embeds {judging:,.1f} a second of those that are judged after every epoch. "
-        f"Each epoch is followed by {after:.2f} s: some 2,000 training images are looked at, and a checkpoint is written. "
-        "Not counted: compilation, the first upload, search and clustering, and that CUB's uncut pictures lie in squares of 512 pixels, which take longer to augment. "
+        f"Search among them goes through {pairs:,.3g} pairs a second, in both metrics and with K up to 1,000. Each epoch is followed by {after:.2f} s: some 2,000 training images are looked at, and a checkpoint is written. "
+        "Not counted: compilation, the first upload, the clustering at the end, and that CUB's uncut pictures lie in squares of 512 pixels, which take longer to augment. "
         "The profile `paper` also has each recipe under our protocol, with five seeds: five times the epochs of these; `--row cub --row cars196 --row sop --row inshop` leaves those out.",
-        pipe_table(["recipe", "epochs × (training / speed + judged / speed + what follows)", "hours"], [*rows, ["all four", "", f"{sum(hours.values()):.2f}"]])])
+        pipe_table(["recipe", "epochs × (training / speed + judged / speed + search + what follows)", "hours"], [*rows, ["all four", "", f"{sum(hours.values()):.2f}"]])])
 
 
 def main(out: str = "figures/bench", encoder: str | None = None, size: int | None = None, crop: int | None = None, batch: int | None = None,
@@ -328,7 +334,7 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
     def hours(table):
         if not paper: return "What the paper's four recipes would take is left out: that wants ResNet-50 at 224 pixels on a GPU."
         run = table[table.rung == ITSELF].iloc[0]
-        speeds = run.images_per_second, run.judged_per_second, run.after_epoch
+        speeds = run.images_per_second, run.judged_per_second, run.pairs_per_second, run.after_epoch
         return "\n\n".join([recipe_hours(*speeds), targets(table, sum(hours_of(*speeds).values()))])
     with tempfile.TemporaryDirectory() as scratch:
         split = noise(max(use["images"], 2 * use["batch"]), use["size"], Path(scratch))

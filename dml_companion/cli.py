@@ -9,7 +9,7 @@ __all__ = ['app', 'out', 'err', 'DataOption', 'ProfileOption', 'DeviceOption', '
            'SplitOption', 'SkipOption', 'PhotosOption', 'NeighboursOption', 'SideOption', 'SetOption', 'RateOption',
            'index_app', 'MatrixArgument', 'IndexArgument', 'IndexSetOption', 'CardArgument', 'CardOption', 'LEGEND',
            'data_app', 'NameArgument', 'SizeOption', 'CacheOption', 'OfficialOption', 'DigestOption', 'say', 'give_up',
-           'make_plan', 'without_images', 'version', 'overview', 'counts', 'status', 'reproduce', 'tune', 'own_cores',
+           'make_plan', 'without_images', 'version', 'overview', 'counts', 'status', 'reproduce', 'tune',
            'find_cluster', 'preview', 'run_plan', 'place', 'polite_signals', 'report', 'line_of', 'bar', 'watch',
            'wait', 'beside_each_other', 'elsewhere', 'repeat', 'in_a_sentence', 'as_split', 'confess', 'embed',
            'evaluate', 'some', 'scoreboard', 'train', 'report_training', 'as_options', 'search', 'sheet', 'index_build',
@@ -76,10 +76,10 @@ def make_plan(profile: str, data: str | None, device: str, figures: str | None,
     try:
         root = project_root()
         os.environ["DML_ROOT"] = str(root)
-        from dml_companion.profiles import plan
+        from dml_companion.profiles import NOT_ASKED, plan
         found = plan(profile, data, device, figures, root, here, weights, rows)
         for why, without in found.not_run().items():
-            if why != "not asked for": say(f"not run: {', '.join(without)} ({why})", err)
+            if why != NOT_ASKED: say(f"not run: {', '.join(without)} ({why})", err)
         if here and (why := found.slow()): say(why, err)
         return root, found
     except (ValueError, FileNotFoundError) as e:
@@ -144,9 +144,9 @@ def reproduce(profile: ProfileOption = "quick", data: DataOption = None, device:
     "Run what is left of a profile, then publish its figures, tables, records and reading copies."
     there = find_cluster(cluster, cores) if cluster is not None else None
     root, plan = make_plan(profile, data, device, figures, here=there is None, weights=weights, rows=row)
-    cores = cores or (there.jobs * plan.threads if there else own_cores())
     from dml_companion import engine, profiles
-    if lost := engine.would_lose(plan, root): give_up(ValueError(f"{plan.figures} holds published runs of {', '.join(lost[:3])}{f' and {len(lost) - 3} rows more' if len(lost) > 3 else ''}, which --row would remove from it: add --figures runs/figures/some"))
+    cores = cores or (there.jobs * plan.threads if there else engine.own_cores())
+    if not dry_run and (why := engine.in_the_way(plan, root)): give_up(ValueError(why))
     if dry_run and not published: preview(plan, cores, root, there); return
     try:
         with engine.project_lock(root) as lock:
@@ -169,11 +169,6 @@ def tune(profile: ProfileOption = "quick", data: DataOption = None, device: Devi
         search = search_of(profile, project_root())
     except (ValueError, FileNotFoundError) as e: give_up(e)
     reproduce(search, data, device, cores, figures, dry_run, cluster, weights, published)
-
-
-def own_cores() -> int:
-    "How many cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_cluster(name: str, cores: int | None) -> "Cluster":

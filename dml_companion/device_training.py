@@ -58,7 +58,8 @@ class JointDropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor: # (n, d), the process's part
         "Entries are set to 0, the others scaled by 1 / (1 - p), in training only."
         if not self.training or not self.p: return x
-        return x * nn.functional.dropout(x.new_ones(self.parts * len(x), *x.shape[1:]), self.p).chunk(self.parts)[self.mine]
+        ones = torch.ones(self.parts * len(x), *x.shape[1:], device=x.device)             # float32: 1 / (1 - p) is not rounded to bf16
+        return (x * nn.functional.dropout(ones, self.p).chunk(self.parts)[self.mine]).to(x.dtype)
 
 class DeviceRun(Run):
     "A run whose batches are made on the device; in several processes each embeds its part of every batch, and the loss sees all of it."
@@ -92,9 +93,9 @@ class DeviceRun(Run):
         "One epoch of this process's parts of the batches."
         share = self.accelerator.process_index, self.accelerator.num_processes
         dtype = torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32
-        torch.backends.cudnn.benchmark = True                                          # on a GPU: every batch has the same shape, what is judged has many
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # on a GPU: every batch has the same shape, what is judged has many
         try: yield from training_batches(self.pack, self.recipe, self.generators, dtype=dtype, compiled=self.augment, share=share)
-        finally: torch.backends.cudnn.benchmark = False
+        finally: torch.backends.cudnn.benchmark = before
 
     def parts(self, images: Tensor, labels: Tensor) -> Parts:
         "Tightness and contrast of the whole batch, whoever embedded it, eq. (1)."

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KEEP', 'NOISE', 'HARDWARE', 'BUDGET', 'failure_text', 'NotebookFailed', 'broken_cell', 'describe_failure',
            'papermill', 'execute', 'locked', 'check_code', 'trained_files', 'drop_old_claims', 'seal', 'is_front',
-           'follow_front', 'one_gpu', 'free_gpu', 'thread_limits', 'run_job', 'do_job', 'run_cells', 'train_cells',
-           'note_failure', 'Busy', 'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags', 'snakemake_command',
-           'guarded_snakemake', 'job_environment', 'start', 'stop', 'Progress', 'epochs_done', 'last_seconds',
-           'past_seconds', 'time_left', 'look', 'duration', 'tail', 'scheduler_says', 'no_room', 'failures',
-           'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable', 'inside',
-           'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'would_lose', 'publish', 'among',
+           'follow_front', 'one_gpu', 'free_gpu', 'own_cores', 'thread_limits', 'run_job', 'do_job', 'run_cells',
+           'train_cells', 'note_failure', 'Busy', 'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags',
+           'snakemake_command', 'guarded_snakemake', 'job_environment', 'start', 'stop', 'Progress', 'epochs_done',
+           'last_seconds', 'past_seconds', 'time_left', 'look', 'duration', 'tail', 'scheduler_says', 'no_room',
+           'failures', 'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable',
+           'inside', 'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'in_the_way', 'publish', 'among',
            'take_over', 'adopt', 'measured', 'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
-from .profiles import Job, Plan, beside, check_parameters, is_locked, read_yaml, spoilt, take_lock, variant_name
+from .profiles import NOT_ASKED, Job, Plan, beside, check_parameters, is_locked, read_yaml, spoilt, take_lock, variant_name
 from .reproduction import (Record, cell_code, code_cells, digest, file_digest, load_record, notebook_digest, now, package_folder,
     nearest_name, project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
 
@@ -194,6 +194,11 @@ def free_gpu(slots: list[tuple[str, Path]], # GPU, lock
         except BlockingIOError: pass
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c19
+def own_cores() -> int:
+    "How many cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def thread_limits(n: int) -> dict[str, str]: # environment variables
     "What keeps the libraries of a job to n threads."
     return {f"{name}_NUM_THREADS": str(n) for name in ("OMP", "MKL", "OPENBLAS")}
@@ -207,7 +212,7 @@ def run_job(plan_file: str, # written by the front end, from the root
     root = root or project_root()
     plan = Plan(**json.loads((root / plan_file).read_text(encoding="utf-8")))
     job, output = plan.job(job_id), root / plan.job(job_id).output
-    if plan.gpus: os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // (plan.gpus * plan.runs_per_gpu))))
+    if plan.gpus: os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(32, own_cores() // (plan.gpus * plan.runs_per_gpu)))))
     os.environ.update({**thread_limits(plan.threads), "DML_ROOT": str(root), "DML_MANIFEST": str(beside(output, "files"))})
     follow_front()
     try:
@@ -632,10 +637,14 @@ def refresh_quotes(page: Path, # a Markdown file; nothing happens without it
 BUDGET = 16_000_000 # bytes of all reading copies together
 
 
-def would_lose(plan: Plan, root: Path) -> list[str]: # rows
-    "Rows that were published in the plan's figures folder and are not asked for now."
-    there = {said.get("row") for said in (read_json(root / plan.figures / "provenance.json") or {}).get("runs", {}).values()}
-    return [row for row, why in plan.left_out.items() if why == "not asked for" and row in there]
+def in_the_way(plan: Plan, root: Path) -> str: # empty: nothing
+    "What the figures folder holds that this plan would remove, and should not."
+    there = read_json(root / plan.figures / "provenance.json") or {}
+    if there.get("profile", plan.profile) != plan.profile: return f"{plan.figures} holds the figures of the profile {there['profile']!r}: choose another folder with --figures"
+    lost = sorted({said["row"] for said in there.get("runs", {}).values()} - {j.row for j in plan.jobs})
+    if not lost or NOT_ASKED not in plan.left_out.values(): return ""
+    more = f" and {len(lost) - 3} rows more" if len(lost) > 3 else ""
+    return f"{plan.figures} holds published runs of {', '.join(lost[:3])}{more}, which --row would remove from it: add --figures runs/figures/some"
 
 
 def publish(plan: Plan, root: Path) -> None:
@@ -664,9 +673,9 @@ def among(published: dict) -> dict: # what `provenance.json` holds
 
 def take_over(job: Job, said: dict, # what `provenance.json` says of it
               copy: Path | None, # its reading copy; None: no reader gets one
-              published: dict, plan: Plan, root: Path) -> bool: # False: it is not there as it was published
+              published: dict, figures: Path, root: Path) -> bool: # False: it is not there as it was published
     "Put one published job back into `runs/`, its notebook last."
-    figures, output, facts = root / plan.figures, root / job.output, among(published)
+    output, facts = root / job.output, among(published)
     if job.kind == "train":
         sha, record = said["files"]["record.json"], output.parent / "record.json"
         content = (figures / said["record"]).read_bytes()
@@ -685,16 +694,17 @@ def take_over(job: Job, said: dict, # what `provenance.json` says of it
 
 
 def adopt(plan: Plan, root: Path) -> int: # how many jobs were taken over
-    "Count as done what the figures folder holds of this very plan; nothing that lies in `runs/` is replaced."
-    figures, taken = root / plan.figures, 0
-    published = read_json(figures / "provenance.json") or {}
-    copies = {job.id: figures / f"notebooks/{name}.ipynb" for name, job in readable(plan).items()}
-    for job in plan.jobs:
-        said = published.get("runs", {}).get(job.run) if job.kind == "train" else published.get("notebooks", {}).get(job.title)
-        same = said and (job.kind == "train" or said.get("job") == job.id)
-        if not same or (root / job.output).is_file() or any(not (root / p).is_file() for p in job.after): continue
-        try: taken += take_over(job, said, copies.get(job.id), published, plan, root)
-        except FileNotFoundError: continue                                 # published, and removed since
+    "Count as done what the figures folder, or the profile's usual one, holds of this very plan; nothing that lies in `runs/` is replaced."
+    taken, readers = 0, {job.id: name for name, job in readable(plan).items()}
+    for figures in dict.fromkeys((root / plan.figures, root / f"figures/{plan.profile}")):
+        published = read_json(figures / "provenance.json") or {}
+        for job in plan.jobs:
+            said = published.get("runs", {}).get(job.run) if job.kind == "train" else published.get("notebooks", {}).get(job.title)
+            same = said and (job.kind == "train" or said.get("job") == job.id)
+            if not same or (root / job.output).is_file() or any(not (root / p).is_file() for p in job.after): continue
+            copy = figures / f"notebooks/{readers[job.id]}.ipynb" if job.id in readers else None
+            try: taken += take_over(job, said, copy, published, figures, root)
+            except FileNotFoundError: continue                             # published, and removed since
     return taken
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c48

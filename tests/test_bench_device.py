@@ -60,7 +60,9 @@ def test_a_small_run_writes_its_files_and_its_arithmetic_holds(tmp_path, on_cpu)
 def test_a_part_alone(tmp_path, on_cpu):
     main([*WORDS, "--only", "classes", "--out", str(tmp_path)])
     assert set(pd.read_csv(tmp_path / "device_cpu.csv").part) == {"classes"}
-    with pytest.raises(SystemExit): main(["device", "--only", "ranks"])
+    assert "Left out of this run: losses, search." in (tmp_path / "device_cpu.md").read_text()
+    for words in (["--only", "ranks"], ["--only", "losses"], ["--only", "search", "--exact", "0", "0", "--out", str(tmp_path)]):
+        with pytest.raises(SystemExit): main(["device", *words])
 
 
 @pytest.mark.parametrize("error, out", [(torch.OutOfMemoryError("x"), True), (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),

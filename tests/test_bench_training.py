@@ -21,12 +21,12 @@ def test_the_ladder_is_climbed_and_its_arithmetic_holds(tmp_path, monkeypatch):
     main(["training", "--size", "24", "--crop", "16", "--batch", "8", "--steps", "1", "--rounds", "2", "--out", str(tmp_path)])
     table, text = pd.read_csv(tmp_path / f"training_{'gpu' if torch.cuda.is_available() else 'cpu'}.csv"), next(tmp_path.glob("*.md")).read_text()
     assert table.rung.iloc[0] == "fp32, DataLoader" and table.rung.iloc[-3] == "+ batches on the device" and table.rung.iloc[-2] == T.ITSELF and table.rung.iloc[-1].startswith("floor")
-    assert (table[["judged_per_second", "after_epoch"]] > 0).to_numpy().all() and table.against_first[0] == 1 and table.step_against_floor.iloc[-1] == 1
+    assert (table[["judged_per_second", "pairs_per_second", "after_epoch"]] > 0).to_numpy().all() and table.against_first[0] == 1 and table.step_against_floor.iloc[-1] == 1
     assert "hours" not in text and "recipes would take is left out" in text and ("No GPU here" in text) == (not torch.cuda.is_available())
     assert ("dense bf16 peak" in text) == table.share_of_peak.notna().all()
     assert ("disturbed them" in text) == ((table.high / table.low).max() >= T.STEADY)
-    hours, told = sum(e * (n / 1000 + m / 4000 + .5) for e, n, m in T.RECIPES.values()) / 3600, T.recipe_hours(1000., 4000., .5)
-    assert f"| all four |  | {hours:.2f} |" in told and "| CUB | 30 × (5,864 / 1,000 + 5,924 / 4,000 + 0.50) | 0.07 |" in told
+    hours, told = sum(e * (n / 1000 + m / 4000 + m * m / 1e9 + .5) for e, n, m in T.RECIPES.values()) / 3600, T.recipe_hours(1000., 4000., 1e9, .5)
+    assert f"| all four |  | {hours:.2f} |" in told and "| CUB | 30 × (5,864 / 1,000 + 5,924 / 4,000 + 0.04 + 0.50) | 0.07 |" in told
     whole = pd.DataFrame([dict(rung=name, against_first=a, step_against_floor=b) for name, a, b in ((T.LADDER[0].name, 1., 6.), (T.ITSELF, 5., 1.3))])
     assert [line.endswith(", met") for line in T.targets(whole, 1.1).splitlines()[2:]] == [True, False, True]
     for words in (["--seeds", "3"], ["losses", "--steps", "3"], ["training", "--data", "x"]):
@@ -36,7 +36,7 @@ def test_the_ladder_is_climbed_and_its_arithmetic_holds(tmp_path, monkeypatch):
 def test_ratios_are_those_within_a_round():
     "The second round is twice as slow for all: no ratio moves. Medians of the seconds are their own."
     times = {"fp32, DataLoader": 4., T.ITSELF: 2., T.FLOOR: 1.}
-    seconds = {name: [s, 2 * s, s] for name, s in times.items()} | {T.JUDGING: [.1] * 3, T.AFTER: [.5] * 3}
+    seconds = {name: [s, 2 * s, s] for name, s in times.items()} | {T.JUDGING: [.1] * 3, T.SEARCHING: [1e-9] * 3, T.AFTER: [.5] * 3}
     table = T.ladder_table(seconds, 8, 10, torch.device("cpu"))
     assert table.rung.tolist() == list(times) and table.against_first.tolist() == [1, 2, 4] and table.step_against_floor.tolist() == [4, 2, 1]
     assert table.images_per_second.tolist() == [2, 4, 8] and table.low.tolist() == [1, 2, 4] and (table.after_epoch == .5).all() and (table.judged_per_second == 10).all()

@@ -607,23 +607,27 @@ def test_a_claim_that_a_notebook_no_longer_makes_is_dropped(root):
 
 
 def test_runs_share_the_gpus_that_are_visible(tmp_path):
-    "Two of a machine's GPUs are to be used, four runs want one: each of the two has one run at a time."
+    "Two of a machine's GPUs are to be used, four runs want one: two run, one on each, and the others wait for them."
     script = """
 import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from dml_companion.engine import one_gpu
-with one_gpu(SimpleNamespace(gpus=2, runs_per_gpu=1), Path(sys.argv[1])):
-    start = time.time(); time.sleep(.5); print(os.environ["CUDA_VISIBLE_DEVICES"], start, time.time())
+root = Path(sys.argv[1])
+with one_gpu(SimpleNamespace(gpus=2, runs_per_gpu=1), root):
+    (root / f"{os.getpid()}.at").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    while not (root / "go").exists(): time.sleep(.02)
 """
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "3, GPU-5"}
-    started = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    turns = {}
-    for gpu, start, end in (p.communicate(timeout=120)[0].split() for p in started): turns.setdefault(gpu, []).append((float(start), float(end)))
-    assert set(turns) <= {"3", "GPU-5"} and sum(map(len, turns.values())) == 4
-    for mine in turns.values(): assert all(a[1] <= b[0] for a, b in zip(sorted(mine), sorted(mine)[1:]))
-    alone = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env | {"CUDA_VISIBLE_DEVICES": "1"}, stdout=subprocess.PIPE, text=True)
-    assert alone.stdout.split()[0] == "1"
+    started = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=env) for _ in range(4)]
+    at = lambda: [file.read_text() for file in tmp_path.glob("*.at")]
+    until(lambda: len(at()) >= 2 and all(at()))
+    time.sleep(1.5)                                                      # those who wait look once a second
+    assert sorted(at()) == ["3", "GPU-5"]
+    (tmp_path / "go").touch()
+    assert [p.wait(timeout=120) for p in started] == [0] * 4 and len(at()) == 4 and set(at()) == {"3", "GPU-5"}
+    alone = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env | {"CUDA_VISIBLE_DEVICES": "1"})
+    assert alone.returncode == 0 and sorted(at())[0] == "1"
 
 
 def test_some_rows_of_a_profile(root, monkeypatch):
@@ -639,6 +643,11 @@ def test_some_rows_of_a_profile(root, monkeypatch):
     assert code == 0 and "2 finished" in said and "large" not in said
     code, said = command_here(root, monkeypatch, "reproduce", "-p", "toy", "--row", "large")
     assert code == 2 and "figures/toy holds published runs of small, which --row would remove from it: add --figures runs/figures/some" in said
+    code, said = command_here(root, monkeypatch, "reproduce", "-p", "toy", "--row", "large", "-n")
+    assert code == 0 and "3 of 3 notebooks would run" in said                          # a dry run removes nothing
+    shutil.rmtree(root / "runs")
+    code, said = command_here(root, monkeypatch, "reproduce", "-p", "toy", "--row", "small", "--figures", "runs/figures/some", "--published", "-n")
+    assert code == 0 and "took over 1 of 2 notebooks" in said                          # from figures/toy: nothing is trained
     code, said = command_here(root, monkeypatch, "reproduce", "-p", "toy", "--row", "large", "--figures", "runs/figures/some", "-n")
     assert code == 0 and "3 of 3 notebooks would run" in said
     assert command(root, "reproduce", "-p", "toy")[0] == 0 and len((root / "figures/toy/table.csv").read_text().splitlines()) == 3
@@ -659,3 +668,23 @@ def test_status_where_the_images_are_not(root, monkeypatch):
     R.write_json_atomic(root / "runs/plans/toy.json", {"another": "form"})
     code, said = command_here(root, monkeypatch, "status", "-p", "toy")
     assert code == 2 and "To have it" in said
+
+
+def test_what_belongs_together_is_asked_for_together():
+    "A row brings its variants or trials; a variant, a trial or controls alone are no table."
+    sweeps, search, family = map(P.load_profile, ("sweeps", "tune_glyphs", "family"))
+    assert all(base in names and set(names) <= set(sweeps.rows) for base, names in P.kin(sweeps).items()) and sorted(sum(P.kin(sweeps).values(), [])) == sorted(sweeps.rows)
+    assert P.kin(search)["spce"] == [f"spce_t{k}" for k in range(12)] and sorted(sum(P.kin(search).values(), [])) == sorted(search.rows)
+    assert {*P.chosen(search, ["spce"])[1]} == {*search.rows} - {*P.kin(search)["spce"]}
+    for profile, row in ((sweeps, "snca_dim16"), (search, "spce_t0")):
+        with pytest.raises(ValueError, match=f"has no row '{row}', did you mean"): P.chosen(profile, [row])
+    with pytest.raises(ValueError, match="raw_pixels: controls are shown beside something that was trained"): P.chosen(family, ["raw_pixels"])
+    two = P.Profile(name="two", rows={"snca": P.Row(), "circle": P.Row()}, notebooks=[P.Task(notebook="a.ipynb", rows=["snca"]), P.Task(notebook="b.ipynb", after=["a.ipynb"]), P.Task(notebook="c.ipynb")])
+    tasks, why = P.chosen(two, ["circle"])
+    assert why == {"snca": "not asked for", "a": "shows rows that were not asked for", "b": "reads what is left out"} and [t.rows for t in tasks] == [["circle"]]
+
+
+def test_the_figures_of_another_profile_are_not_replaced(root, monkeypatch):
+    R.write_json_atomic(root / "figures/theirs/provenance.json", {"profile": "family", "runs": {}})
+    code, said = command_here(root, monkeypatch, "reproduce", "-p", "toy", "--figures", "figures/theirs")
+    assert code == 2 and "figures/theirs holds the figures of the profile 'family': choose another folder with --figures" in said

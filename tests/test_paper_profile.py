@@ -100,6 +100,12 @@ def test_a_run_and_its_table(name, trees, tmp_path, monkeypatch):
     assert others["ours, last"].str.fullmatch("not run: needs the images of .*").all() and (tmp_path / "figures/paper_and_ours.md").exists()
 
 
+def test_rows_that_were_not_asked_for_are_told_from_those_without_images(tmp_path):
+    table = execute("nbs/04_experiments/31c_paper_and_ours.ipynb", figures=str(tmp_path), labels={"cub": "CUB"})["table"]
+    said = {name: set(rows["ours, last"]) for name, rows in table.groupby("benchmark")}
+    assert said["CUB-200-2011"] == {"not run: needs the images of CUB-200-2011"} and said["SOP"] == {"not run: not asked for"} and set(table["fair, last"]) == {"not run: not asked for"}
+
+
 def test_a_run_that_starts_elsewhere_ends_before_training(trees, tmp_path, monkeypatch):
     monkeypatch.setenv("DML_CACHE", str(tmp_path / "packs"))
     with pytest.raises(ValueError, match="before training Recall@1"):

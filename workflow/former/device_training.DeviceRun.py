@@ -1,4 +1,4 @@
-# stands for 4f9e1d3b8a84c3b8a86ab443774301ac8cf391657210c4d4fa77f153ec46a705
+# stands for c3564a6ab850c042c6750b41e470872dea7f7df4ec05fa0d38b9154c01ecd1cc
 class DeviceRun(Run):
     "A run whose batches are made on the device; in several processes each embeds its part of every batch, and the loss sees all of it."
     backend: str | None = None # of torch.compile, as in `compiled`
