@@ -150,7 +150,7 @@ def reproduce(profile: ProfileOption = "quick", data: DataOption = None, device:
     if dry_run and not published: preview(plan, cores, root, there); return
     try:
         with engine.project_lock(root) as lock:
-            if published: say(f"{plan.profile}: took over {engine.adopt(plan, root)} of {len(plan.jobs)} notebooks from {plan.figures}")
+            if published: say(f"{plan.profile}: took over {engine.adopt(plan, root)} of {len(plan.jobs)} notebooks that are published")
             plan = profiles.refresh(plan, root)
             if not dry_run: code = run_plan(plan, cores, root, lock, there)
     except (engine.Busy, ValueError) as e: give_up(e)
