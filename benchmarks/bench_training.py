@@ -167,7 +167,7 @@ class Way(NamedTuple):
     name: str
     before: Callable[[], None] # not timed: uses up what was loaded in advance while others had their turn, or waits until nobody loads
     block: Callable[[], None] # ends when the device has done it
-    units: int # how many steps, images or epochs a block has
+    units: int # how many steps, images, pairs or epochs a block has
 
 
 @contextmanager
