@@ -83,20 +83,23 @@ def make_plan(profile: str, data: str | None, device: str, figures: str | None,
         if here and (why := found.slow()): say(why, err)
         return root, found
     except (ValueError, FileNotFoundError) as e:
-        if kept and (old := without_images(e, profile, root)): return root, old
+        if kept and (old := without_images(e, profile)): return old
         give_up(e)
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("dml_companion"): raise
         give_up(ModuleNotFoundError(f"{e}; the pipeline needs more: pip install 'dml-companion[reproduce]'"))
 
 
-def without_images(error: Exception, profile: str, root: Path) -> "Plan | None":
+def without_images(error: Exception, profile: str): # returns (root, Plan), or None
     "The kept plan, where nothing but images is missing."
     from dml_companion.datasets import MissingData
     from dml_companion.profiles import kept_plan, load_profile
-    old = kept_plan(load_profile(profile, root).name, root) if isinstance(error, MissingData) else None
-    if old: say(f"{str(error).splitlines()[0]}\nso these are the jobs of the plan that the last reproduce made, {old.path()}; an edit to code or recipes since then is not seen", err)
-    return old
+    from dml_companion.reproduction import project_root
+    if not isinstance(error, MissingData): return
+    root = project_root()
+    if old := kept_plan(load_profile(profile, root).name, root):
+        say(f"{str(error).splitlines()[0]}\nso these are the jobs of the plan that the last reproduce made, {old.path()}; an edit to code or recipes since then is not seen", err)
+        return root, old
 
 
 @app.callback(invoke_without_command=True)
