@@ -177,7 +177,8 @@ def draw(table):
     use_house_style()
     panels = list(table.groupby(["data", "n"], sort=False))
     wide = min(2, len(panels))
-    fig, axes = plt.subplots(-(-len(panels) // wide), wide, figsize=(3.4 * wide, 2.6 * -(-len(panels) // wide) + .9), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    high = -(-len(panels) // wide)
+    fig, axes = plt.subplots(high, wide, figsize=(3.4 * wide, 2.6 * high + .9), sharex=True, sharey=True, squeeze=False, layout="constrained")
     for ax in axes.flat[len(panels):]: ax.set_axis_off()
     for ax, ((data, n), rows) in zip(axes.flat, panels):
         for name, (colour, marker) in LOOKS.items():

@@ -14,7 +14,6 @@ All rungs are made ready first. Then each round times a block of each, in random
 """
 import math
 import os
-import random
 import shutil
 import statistics
 import tempfile
@@ -33,12 +32,13 @@ from torch.utils.data import DataLoader, Dataset as TorchDataset, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from benchmarks.common import machine_lines, pipe_table, ratio, waited, write_text
+from benchmarks.common import machine_lines, pipe_table, ratio, round_by_round, waited, write_text
 from dml_companion import objectives
 from dml_companion.datasets import Split
 from dml_companion.device import DevicePack, augment, training_batches
 from dml_companion.device_training import DeviceRun
 from dml_companion.encoders import build_encoder, embed
+from dml_companion.engine import own_cores
 from dml_companion.retrieval import recall_at_k
 from dml_companion.training import Augment, Recipe, Run, epoch_batches, train_epoch
 
@@ -157,9 +157,8 @@ def through_loader(split: Split, recipe: Recipe, device: torch.device, workers: 
 
 def worker_count(batch_bytes: int) -> int: # of a float batch
     "Processes that may load images: one less than the cores that are ours, as far as shared memory holds three batches of each."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 2**40
-    return max(0, min(cores - 1, 16, room // (3 * batch_bytes)))
+    return max(0, min(own_cores() - 1, 16, room // (3 * batch_bytes)))
 
 
 class Way(NamedTuple):
@@ -237,15 +236,10 @@ def ready(recipe: Recipe, split: Split, device: torch.device, steps: int, worker
 
 def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int, compiling: bool, folder: Path) -> "Iterator[pd.DataFrame]":
     "Images a second of every rung, of the run itself and of the floor: the table so far, after each round."
-    flops, ways, order = step_flops(recipe), ready(recipe, split, device, steps, workers, compiling, folder), random.Random(0)
-    seconds = {way.name: [] for way in ways}
-    for done in range(1, rounds + 1):
-        for way in order.sample(ways, len(ways)):
-            way.before()
-            start = time.perf_counter()
-            way.block()
-            seconds[way.name].append((time.perf_counter() - start) / way.units)
-        yield ladder_table(seconds, recipe.batch_size, flops, device)
+    flops, ways = step_flops(recipe), {way.name: way for way in ready(recipe, split, device, steps, workers, compiling, folder)}
+    blocks, before = ({name: getattr(way, what) for name, way in ways.items()} for what in ("block", "before"))
+    for done, taken in enumerate(round_by_round(blocks, rounds, warmup=0, before=before), 1):
+        yield ladder_table({name: [t / ways[name].units for t in times] for name, times in taken.items()}, recipe.batch_size, flops, device)
         print(f"round {done} of {rounds}", flush=True)
 
 

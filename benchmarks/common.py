@@ -3,24 +3,32 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")   # of the last minute, before we begin
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], # name -> what to time
-                rounds: int, # every contender runs once a round
-                warmup: int = 2, # rounds not counted
-               ) -> dict[str, list[float]]: # seconds, one a round
+def round_by_round(contenders: dict[str, Callable[[], object]], # name -> what to time
+                   rounds: int, # every contender runs once a round
+                   warmup: int = 2, # rounds not counted
+                   before: dict[str, Callable[[], object]] | None = None, # name -> what to do first, not timed
+                  ) -> Iterator[dict[str, list[float]]]: # seconds, one a round, after each round
     "Time all contenders in turn, in another order each round, so that a busy moment or a bad neighbour hits them all."
     names, seconds, order = list(contenders), {name: [] for name in contenders}, random.Random(0)
     for r in range(-warmup, rounds):
         for name in order.sample(names, len(names)):
+            if before: before[name]()
             start = time.perf_counter()
             contenders[name]()
             if r >= 0: seconds[name].append(time.perf_counter() - start)
+        if r >= 0: yield seconds
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]: # seconds, one a round
+    "All rounds of `round_by_round` at once."
+    *_, seconds = round_by_round(contenders, rounds, warmup)
     return seconds
 
 
