@@ -83,21 +83,21 @@ def make_plan(profile: str, data: str | None, device: str, figures: str | None,
         if here and (why := found.slow()): say(why, err)
         return root, found
     except (ValueError, FileNotFoundError) as e:
-        if kept and (old := without_images(e, profile)): return old
+        if kept and (old := without_images(e, profile, rows)): return old
         give_up(e)
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("dml_companion"): raise
         give_up(ModuleNotFoundError(f"{e}; the pipeline needs more: pip install 'dml-companion[reproduce]'"))
 
 
-def without_images(error: Exception, profile: str): # returns (root, Plan), or None
-    "The kept plan, where nothing but images is missing."
+def without_images(error: Exception, profile: str, rows: list[str] | None = None): # returns (root, Plan), or None
+    "The kept plan, where nothing but images is missing; of some rows only the training."
     from dml_companion.datasets import MissingData
     from dml_companion.profiles import kept_plan, load_profile
     from dml_companion.reproduction import project_root
     if not isinstance(error, MissingData): return
     root = project_root()
-    if old := kept_plan(load_profile(profile, root).name, root):
+    if old := kept_plan(load_profile(profile, root), root, rows):
         say(f"{str(error).splitlines()[0]}\nso these are the jobs of the plan that the last reproduce made, {old.path()}; an edit to code or recipes since then is not seen", err)
         return root, old
 
@@ -148,7 +148,8 @@ def reproduce(profile: ProfileOption = "quick", data: DataOption = None, device:
     there = find_cluster(cluster, cores) if cluster is not None else None
     root, plan = make_plan(profile, data, device, figures, here=there is None, weights=weights, rows=row)
     from dml_companion import engine, profiles
-    cores = cores or (there.jobs * plan.threads if there else engine.own_cores())
+    from dml_companion.reproduction import own_cores
+    cores = cores or (there.jobs * plan.threads if there else own_cores())
     if not dry_run and (why := engine.in_the_way(plan, root)): give_up(ValueError(why))
     if dry_run and not published: preview(plan, cores, root, there); return
     try:

@@ -708,13 +708,16 @@ def plan(profile: Profile | str, # or its name
                         figures=shown["figures"], minutes=profile.minutes, python=sys.executable), root)
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c51
-def kept_plan(name: str, # of a profile
+def kept_plan(profile: Profile,
               root: Path | None = None, # the project
-             ) -> Plan | None: # None: there is none, or another version of this package wrote it
+              rows: list[str] | None = None, # only the training of these; None or []: all jobs
+             ) -> Plan | None: # None: there is none of these, or another version of this package wrote it
     "The plan that the last `reproduce` of a profile left in `runs/plans`, its jobs looked at again: for a machine without the images."
     root = root or project_root()
-    try: return refresh(Plan(**(read_json(root / f"runs/plans/{name}.json") or {})), root)
+    try: kept = refresh(Plan(**(read_json(root / f"runs/plans/{profile.name}.json") or {})), root)
     except ValueError: return None
+    if rows: kept.jobs = [j for j in kept.jobs if j.kind == "train" and j.row not in chosen(profile, rows)[1]]
+    return kept if kept.jobs else None
 
 
 def records_of(profile: str, # name of a profile

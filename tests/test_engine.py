@@ -661,6 +661,10 @@ def test_status_where_the_images_are_not(root, monkeypatch):
     monkeypatch.setattr(datasets, "load", missing)
     code, said = command_here(root, monkeypatch, "status", "-p", "toy")
     assert code == 0 and "glyphs: looked for them in /nowhere." in said and "runs/plans/toy.json" in said and "3 finished" in said
+    code, said = command_here(root, monkeypatch, "status", "-p", "toy", "--row", "small")
+    assert code == 0 and "toy: 1 finished" in said and "table" not in said             # the training alone
+    code, said = command_here(root, monkeypatch, "status", "-p", "toy", "--row", "large")
+    assert code == 2 and "To have it" in said                                           # was not planned
     (root / "runs/train/glyphs/small").rename(root / "runs/elsewhere")
     code, said = command_here(root, monkeypatch, "status", "-p", "toy")
     assert code == 0 and "1 missing" in said
