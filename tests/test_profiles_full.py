@@ -215,7 +215,7 @@ def committed(): return {p.name: next(t.against for t in load_profile(p.name).no
 
 
 def test_comparisons_of_cpu_tables_are_committed():
-    assert {"omniglot": "glyphs", "grocery_128": "grocery"}.items() <= committed().items()
+    assert ({"omniglot": "glyphs", "grocery_128": "grocery"} | PATH).items() <= committed().items()
 
 
 def test_31d_says_what_its_tables_say():
@@ -255,6 +255,29 @@ def test_31d_says_what_the_table_of_every_objective_says():
     order = {v["metric"]: "{:+.2f} ({:+.2f} to {:+.2f})".format(*(float(v[k]) for k in ("value", "low", "high"))) for v in rows_of(ROOT / "figures/family_device/again_order.csv") if v["correlation"] == "Spearman"}
     for words in (f"{len(levels)} trained rows", "{:.3f} lower (Proxy-NCA, ± {:.3f})".format(-moved["proxy_nca"][0], moved["proxy_nca"][1]), "{:.3f} higher (lifted structure, ± {:.3f})".format(*moved["lifted"]),
                   f"by {sum(m for m, _ in moved.values()) / len(moved):.3f}.", f"{order['R@1']} by Recall@1, {order['MAP@R']} by MAP@R", "15 of 82 verdicts"): assert words in said, words
+
+
+def test_31d_says_what_the_table_of_the_drawings_says():
+    import json
+    from statistics import median
+    said = next(line for line in json.loads((ROOT / AGAIN).read_text(encoding="utf-8"))["cells"][-1]["source"] if "on drawings**" in line)
+    def of(profile, table): return [v for v in rows_of(ROOT / f"figures/{profile}/again_{table}.csv") if v["row"] not in ("raw_pixels", "untrained")]
+    levels = of("omniglot_device", "levels")
+    moved = {v["row"]: (float(v["R@1 moved by"]), float(v["R@1 moved by ±"])) for v in levels}
+    for metric in ("R@1", "MAP@R"):
+        assert len(levels) == 12 and all(abs(float(v[f"{metric} moved by"])) <= float(v[f"{metric} moved by ±"]) for v in levels)
+        assert all(max(levels, key=lambda v: float(v[f"{metric} {name}"]))["row"] == "center_norm" for name in ("omniglot", "omniglot_device"))
+    tables = [of("omniglot_device", f"verdicts_{m}") for m in ("recall", "map")]
+    assert [{v["row"]: (v["then"], v["now"]) for v in table if v["verdict"] != "same"} for table in tables] == [{"contrastive_norm": ("below", "-")}, {"snca": ("-", "above"), "snca_norm": ("-", "above")}]
+    assert sum(map(len, tables)) == 22 and all(abs(float(v["gap changed by"])) <= float(v["gap changed by ±"]) for table in tables for v in table)
+    assert min(moved.values()) == moved["center"] and max(moved.values()) == moved["normalized_softmax"]
+    for name in ("omniglot", "omniglot_device"):
+        places = sorted(float(v[f"R@1 {name}"]) for v in levels)
+        assert max(sum(low <= p <= low + .01 for p in places) for low in places) == 7
+    widths = [median(float(v["R@1 moved by ±"]) for v in of(profile, "levels")) for profile in ("omniglot_device", "grocery_device", "family_device")]
+    order = {v["metric"]: "{:+.2f} ({:+.2f} to {:+.2f})".format(*(float(v[k]) for k in ("value", "low", "high"))) for v in rows_of(ROOT / "figures/omniglot_device/again_order.csv") if v["correlation"] == "Spearman"}
+    for words in ("{:.3f} lower (center + CE, ± {:.3f})".format(-moved["center"][0], moved["center"][1]), "{:.3f} higher (normalised softmax, ± {:.3f})".format(*moved["normalized_softmax"]),
+                  "a move is ± {:.3f}, of groceries ± {:.3f}, of every objective below ± {:.3f}".format(*widths), f"{order['R@1']} by Recall@1 and {order['MAP@R']} by MAP@R", "19 of 22 verdicts"): assert words in said, words
 
 
 @pytest.mark.parametrize("name, against", committed().items())
