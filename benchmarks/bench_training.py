@@ -38,7 +38,7 @@ from dml_companion.datasets import Split
 from dml_companion.device import DevicePack, augment, training_batches
 from dml_companion.device_training import DeviceRun
 from dml_companion.encoders import build_encoder, embed
-from dml_companion.reproduction import own_cores
+from dml_companion.engine import own_cores
 from dml_companion.retrieval import recall_at_k
 from dml_companion.training import Augment, Recipe, Run, epoch_batches, train_epoch
 

@@ -148,8 +148,7 @@ def reproduce(profile: ProfileOption = "quick", data: DataOption = None, device:
     there = find_cluster(cluster, cores) if cluster is not None else None
     root, plan = make_plan(profile, data, device, figures, here=there is None, weights=weights, rows=row)
     from dml_companion import engine, profiles
-    from dml_companion.reproduction import own_cores
-    cores = cores or (there.jobs * plan.threads if there else own_cores())
+    cores = cores or (there.jobs * plan.threads if there else engine.own_cores())
     if not dry_run and (why := engine.in_the_way(plan, root)): give_up(ValueError(why))
     if dry_run and not published: preview(plan, cores, root, there); return
     try:

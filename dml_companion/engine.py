@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KEEP', 'NOISE', 'HARDWARE', 'BUDGET', 'failure_text', 'NotebookFailed', 'broken_cell', 'describe_failure',
            'papermill', 'execute', 'locked', 'check_code', 'trained_files', 'drop_old_claims', 'seal', 'is_front',
-           'follow_front', 'one_gpu', 'free_gpu', 'thread_limits', 'run_job', 'do_job', 'run_cells', 'train_cells',
-           'note_failure', 'Busy', 'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags', 'snakemake_command',
-           'guarded_snakemake', 'job_environment', 'start', 'stop', 'Progress', 'epochs_done', 'last_seconds',
-           'past_seconds', 'time_left', 'look', 'duration', 'tail', 'scheduler_says', 'no_room', 'failures',
-           'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable', 'inside',
-           'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'in_the_way', 'publish', 'among',
+           'follow_front', 'one_gpu', 'free_gpu', 'own_cores', 'thread_limits', 'run_job', 'do_job', 'run_cells',
+           'train_cells', 'note_failure', 'Busy', 'project_lock', 'Cluster', 'load_cluster', 'snakemake_flags',
+           'snakemake_command', 'guarded_snakemake', 'job_environment', 'start', 'stop', 'Progress', 'epochs_done',
+           'last_seconds', 'past_seconds', 'time_left', 'look', 'duration', 'tail', 'scheduler_says', 'no_room',
+           'failures', 'clean_text', 'clean_output', 'machine_folders', 'reading_copy', 'manifest', 'readable',
+           'inside', 'figure_files', 'provenance_of', 'front_page', 'refresh_quotes', 'in_the_way', 'publish', 'among',
            'take_over', 'adopt', 'measured', 'Repeated', 'compare', 'published_runs', 'repeat', 'repeat_some']
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 from .profiles import NOT_ASKED, Job, Plan, beside, check_parameters, is_locked, read_yaml, spoilt, take_lock, variant_name
 from .reproduction import (Record, cell_code, code_cells, digest, file_digest, load_record, notebook_digest, now, package_folder,
-    nearest_name, own_cores, project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
+    nearest_name, project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c05
 def failure_text(error: dict) -> str: # error: what `.error.json` holds
@@ -194,6 +194,11 @@ def free_gpu(slots: list[tuple[str, Path]], # GPU, lock
         except BlockingIOError: pass
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c19
+def own_cores() -> int:
+    "How many cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def thread_limits(n: int) -> dict[str, str]: # environment variables
     "What keeps the libraries of a job to n threads."
     return {f"{name}_NUM_THREADS": str(n) for name in ("OMP", "MKL", "OPENBLAS")}

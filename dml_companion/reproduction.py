@@ -9,7 +9,7 @@ __all__ = ['PACKAGE', 'BYSTANDERS', 'FORMER', 'TRAIN_NOTEBOOK', 'EXEMPT', 'KEEPS
            'find_source', 'dotted', 'resolve', 'mentions', 'uses', 'definition', 'in_force', 'read_former', 'reachable',
            'code_digest', 'shape_of', 'code_cells', 'cell_code', 'is_bystander', 'cells_code', 'statements',
            'deciding_code', 'notebook_roots', 'notebook_digest', 'results_digest', 'Run', 'train_digest', 'run_id',
-           'identify', 'check_start', 'now', 'git_state', 'processor', 'own_cores', 'versions', 'provenance', 'Record',
+           'identify', 'check_start', 'now', 'git_state', 'processor', 'versions', 'provenance', 'Record',
            'write_record', 'nearest_name', 'complaint', 'one_complaint', 'known_fields', 'load_record', 'load_records',
            'mean_interval', 'result_table', 'metric_of', 'paired_difference', 'table_markdown', 'announce',
            'output_folder', 'Claim', 'write_claim', 'load_claims', 'claim_table', 'style_of', 'use_house_style',
@@ -459,11 +459,6 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def own_cores() -> int:
-    "How many cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def versions() -> dict[str, str]:
     "Version of each library that matters and is installed."
     found = {}
@@ -480,11 +475,12 @@ def provenance(start: str | None = None, # `now()` from the beginning of the run
               ) -> dict:
     "Where numbers come from: commit, versions, hardware and times; no names of machines, users or folders."
     root, torch = root or project_root(), sys.modules.get("torch")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     return {**git_state(root), "notebook": notebook,
             "notebook_digest": file_digest(root / notebook) if notebook else "",
             "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
-            "versions": versions(), "cpu": processor(), "cores": own_cores(), "gpus": gpus, "device": str(device),
+            "versions": versions(), "cpu": processor(), "cores": cores, "gpus": gpus, "device": str(device),
             "threads": torch.get_num_threads() if torch else None, "start": start or now(), "end": now()}
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c37
