@@ -5,7 +5,7 @@ Not among the parts that run by default. On a GPU, at the paper's size:
     python -m benchmarks training                                     # ResNet-50, 224 of 256 pixels, batches of 128
     python -m benchmarks paths --data ~/data                          # both paths on Grocery, ten seeds
 
-On a CPU the same commands are small: a ConvNet, 56 of 64 pixels, nothing compiled; `--encoder`, `--size`, `--crop`, `--batch`, `--steps`, `--compile` say otherwise. The images of the
+On a CPU the same commands are small: a ConvNet, 56 of 64 pixels, compiled only with `--compile`; `--encoder`, `--size`, `--crop`, `--batch`, `--steps`, `--compile` say otherwise. The images of the
 ladder are noise in a memory-mapped pack of the wanted size, so that nothing has to be fetched: their content costs nothing and changes nothing.
 
 The reference reads one image after the other from the pack, puts it through torchvision's transforms v2 and a DataLoader with workers, and trains in fp32.
@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset as TorchDataset, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from benchmarks.common import machine_lines, pipe_table, ratio, round_by_round, waited, write_text
+from benchmarks.common import interleaved, machine_lines, pipe_table, ratio, round_by_round, waited, write_text
 from dml_companion import objectives
 from dml_companion.datasets import Split
 from dml_companion.device import DevicePack, augment, training_batches
@@ -204,6 +204,20 @@ def run_ways(recipe: Recipe, split: Split, device: torch.device, folder: Path, r
     return ways
 
 
+def peak_rate(device: torch.device) -> tuple[float, str]: # FLOP/s, what they are
+    "What a share of the peak is a share of: the data sheet's dense bf16 peak, or, where we know none, the quickest of nine large matrix products."
+    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    known = next((v for k, v in PEAKS.items() if k in card and "NVL" not in card and "MIG" not in card), None)
+    if known: return known, f"the card's dense bf16 peak, {known / 1e12:,.0f} TFLOP/s in its data sheet"
+    n = 8192 if card else 1024
+    a = torch.randn(n, n, device=device)
+    b = a.bfloat16()
+    times = interleaved({"fp32": waited(lambda: a @ a, device.type), "bf16": waited(lambda: b @ b, device.type)}, rounds=9)
+    best = min(times, key=lambda name: min(times[name]))
+    rate = 2 * n**3 / min(times[best])
+    return rate, f"the rate of a matrix product here, {n:,} x {n:,} in {best}, {rate / 1e9:,.0f} GFLOP/s"
+
+
 def step_flops(recipe: Recipe) -> int: # floating-point operations of one image, forward and backward
     "Counted on the meta device by torch."
     encoder = build_encoder(recipe.encoder, in_channels=3, size=recipe.crop, **recipe.encoder_options).to("meta").train()
@@ -234,20 +248,18 @@ def ready(recipe: Recipe, split: Split, device: torch.device, steps: int, worker
     return found + run_ways(recipe, split, device, folder, rest)
 
 
-def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int, compiling: bool, folder: Path) -> "Iterator[pd.DataFrame]":
+def ladder(recipe: Recipe, split: Split, device: torch.device, steps: int, rounds: int, workers: int, compiling: bool, folder: Path, peak: float) -> "Iterator[pd.DataFrame]": # peak: FLOP/s
     "Images a second of every rung, of the run itself and of the floor: the table so far, after each round."
     flops, ways = step_flops(recipe), {way.name: way for way in ready(recipe, split, device, steps, workers, compiling, folder)}
     blocks, before = ({name: getattr(way, what) for name, way in ways.items()} for what in ("block", "before"))
     for done, taken in enumerate(round_by_round(blocks, rounds, warmup=0, before=before), 1):
-        yield ladder_table({name: [t / ways[name].units for t in times] for name, times in taken.items()}, recipe.batch_size, flops, device)
+        yield ladder_table({name: [t / ways[name].units for t in times] for name, times in taken.items()}, recipe.batch_size, flops, peak)
         print(f"round {done} of {rounds}", flush=True)
 
 
-def ladder_table(seconds: dict[str, list[float]], batch: int, flops: int, device: torch.device) -> "pd.DataFrame": # seconds: a step, an image, a pair, an epoch's end, one a round
+def ladder_table(seconds: dict[str, list[float]], batch: int, flops: int, peak: float) -> "pd.DataFrame": # seconds: a step, an image, a pair, an epoch's end, one a round
     "One line a rung, the floor last; ratios are medians over rounds of ratios within a round."
     import pandas as pd
-    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((v for k, v in PEAKS.items() if k in card and "NVL" not in card and "MIG" not in card), math.nan)
     names = [name for name in seconds if name not in (JUDGING, SEARCHING, AFTER, ITSELF, FLOOR)] + [ITSELF, FLOOR]
     first, floor, judging, search, after = (seconds[name] for name in (names[0], FLOOR, JUDGING, SEARCHING, AFTER))
     lines = [dict(rung=name, images_per_second=batch / statistics.median(spent), low=batch / max(spent), high=batch / min(spent), flops_per_image=flops,
@@ -270,11 +282,9 @@ def few_workers(workers: int, device: torch.device) -> str: # empty: all is well
 
 
 def rung_table(table) -> str: # of `ladder`
-    "One line a rung; the share of the card's peak only where that is known, and a word where the numbers are not steady."
-    known = table.share_of_peak.notna().all()
-    rows = [[r.rung, f"{r.images_per_second:,.1f} ({r.low:,.1f} to {r.high:,.1f})", f"{r.against_first:.2f}", f"{r.step_against_floor:.2f}", *([f"{r.share_of_peak:.1%}"] if known else [])]
-            for r in table.itertuples()]
-    text, apart = pipe_table(["rung", "images / s", "times the first", "step, times the floor's", *(["of the card's dense bf16 peak"] if known else [])], rows), (table.high / table.low).max()
+    "One line a rung, and a word where the numbers are not steady."
+    rows = [[r.rung, f"{r.images_per_second:,.1f} ({r.low:,.1f} to {r.high:,.1f})", f"{r.against_first:.2f}", f"{r.step_against_floor:.2f}", f"{r.share_of_peak:.1%}"] for r in table.itertuples()]
+    text, apart = pipe_table(["rung", "images / s", "times the first", "step, times the floor's", "of the peak"], rows), (table.high / table.low).max()
     if apart >= STEADY: text += f"\n\nBlocks of one rung differ up to {apart:.1f} times: other work disturbed them, and small differences between rungs mean nothing."
     itself, last = table[table.rung == ITSELF], table[table.rung == LADDER[-1].name]
     if len(itself) and itself.low.iloc[0] > last.high.iloc[0]:
@@ -288,6 +298,20 @@ def targets(table, hours: float) -> str: # of `ladder`, whole, at the paper's si
     asked = ((f"the run itself at least 4 times fp32 with a DataLoader: {run.against_first:.2f} times", run.against_first >= 4),
              (f"its step within 1.25 times the floor: {run.step_against_floor:.2f} times", run.step_against_floor <= 1.25), (f"the four recipes in about one hour: {hours:.2f} hours", hours <= 1.25))
     return "\n".join(["Targets:", "", *(f"- {what}, {'met' if met else 'not met'}" for what, met in asked)])
+
+
+def asked_of_an_hour() -> str:
+    "What the paper's four recipes in one hour would ask of a card: arithmetic from counted operations."
+    image, judging = step_flops(Recipe(encoder="resnet50", size=256, crop=224, pipeline="device")), 1 / 3      # a forward pass of the three that a step has
+    work = {who: (epochs * train, epochs * judged, epochs * (train + judging * judged) * image) for who, (epochs, train, judged) in RECIPES.items()}
+    trained, judged, flops = map(sum, zip(*work.values()))
+    search = sum(2 * 2 * 2048 * judged**2 * epochs for epochs, _, judged in RECIPES.values())                     # two metrics, 2,048 dimensions
+    rows = [[who, f"{a:,}", f"{b:,}", f"{c / 1e15:,.0f}"] for who, (a, b, c) in (work | {"all four": (trained, judged, flops)}).items()]
+    return "\n\n".join([
+        "## What one hour for the paper's four recipes asks for", f"Arithmetic, not a measurement: {image / 1e9:.1f} GFLOP for an image of training (ResNet-50, 224 pixels, forward and backward, counted by torch), a third of that for one that is judged. "
+        f"In one hour that is {flops / 3600 / 1e12:,.0f} TFLOP/s, {flops / 3600 / PEAKS['H200']:.1%} of the dense bf16 peak of an H200's data sheet, or a training speed of {(trained + judging * judged) / 3600:,.0f} images a second, "
+        f"if images are judged at three times that. Exact search adds {search / flops:.1%} of operations, in fp32.",
+        pipe_table(["recipe", "images trained on", "images judged", "PFLOP"], rows)])
 
 
 def hours_of(speed: float, judging: float, pairs: float, after: float) -> dict[str, float]: # of each recipe
@@ -317,23 +341,26 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
     recipe = Recipe(encoder=use["encoder"], size=use["size"], crop=use["crop"], pipeline="device", batch_size=use["batch"], freeze_bn=use["encoder"] != "convnet", dropout=.5,
                     augment=Augment(crop_scale=(.16, 1.), flip=True, jitter=(.25, .25, .25, 0.), jitter_first=True))
     workers = worker_count(use["batch"] * 3 * use["crop"] ** 2 * 4)
+    machine, (peak, what) = machine_lines(), peak_rate(device)
     name, folder = f"training_{'gpu' if device.type == 'cuda' else 'cpu'}", Path(out)
     about = (f"{use['encoder']}, {use['crop']} of {use['size']} pixels, batches of {use['batch']}, {step_flops(recipe) / 1e9:.2f} GFLOP an image (forward and backward, counted by torch). "
              f"Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets; all rungs take a block each in every round, and ratios are those within a round. Each rung adds to the one before it. DataLoader: {workers} worker processes. The run itself: 05c's, with its bookkeeping; "
-             "beside its steps it draws an epoch's table and waits at the end. Torch allows TF32 in convolutions unless told otherwise: what most scripts do lies between the first two rungs.")
+             f"beside its steps it draws an epoch's table and waits at the end. The peak is {what}; the net's operations count, the loss's do not. Torch allows TF32 in convolutions unless told otherwise: what most scripts do lies between the first two rungs.")
     where = [] if device.type == "cuda" else ["**No GPU here: the same ladder on the CPU, small.** It says nothing about a GPU: there is no TF32, and what a GPU gains from bf16, channels last "
                                               "and batches that lie beside the net, a CPU may lose."]
+    compiling = compile or device.type == "cuda"
+    if not compiling: where += ["Nothing is compiled: `--compile` climbs that rung, too."]
     paper = device.type == "cuda" and use["encoder"] == "resnet50" and use["crop"] == 224
-    machine = machine_lines()
     def hours(table):
-        if not paper: return "What the paper's four recipes would take is left out: that wants ResNet-50 at 224 pixels on a GPU."
         run = table[table.rung == ITSELF].iloc[0]
+        if not paper: return ("What the paper's four recipes would take is left out: that wants ResNet-50 at 224 pixels on a GPU, and so do the targets (4 times fp32 with a DataLoader, a step within 1.25 times the floor, "
+                              f"about one hour for the four). Here the run itself does {run.against_first:.2f} times the first rung, and its step takes {run.step_against_floor:.2f} times the floor.")
         speeds = run.images_per_second, run.judged_per_second, run.pairs_per_second, run.after_epoch
         return "\n\n".join([recipe_hours(*speeds), targets(table, sum(hours_of(*speeds).values()))])
     with tempfile.TemporaryDirectory() as scratch:
         split = noise(max(use["images"], 2 * use["batch"]), use["size"], Path(scratch))
-        for table in ladder(recipe, split, device, use["steps"], rounds, workers, compile or device.type == "cuda", Path(scratch)):
-            write_text(folder / f"{name}.md", "\n\n".join(["# A training step, rung by rung", *where, about, *filter(None, [few_workers(workers, device)]), rung_table(table), hours(table), "\n".join(machine)]))
+        for table in ladder(recipe, split, device, use["steps"], rounds, workers, compiling, Path(scratch), peak):
+            write_text(folder / f"{name}.md", "\n\n".join(["# A training step, rung by rung", *where, about, *filter(None, [few_workers(workers, device)]), rung_table(table), hours(table), asked_of_an_hour(), "\n".join(machine)]))
             table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")          # what is measured is kept round by round
     print(rung_table(table))
     print(f"wrote {folder}/{name}.md, .csv")

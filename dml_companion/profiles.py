@@ -9,8 +9,8 @@ __all__ = ['OWN', 'BUDGET', 'BASIC', 'STATES', 'NO_LOCKS', 'NOT_ASKED', 'Strict'
            'profile_names', 'load_profile', 'search_of', 'checked_recipe', 'checked_recipes', 'unequal', 'Parameter',
            'annotated', 'parameters_of', 'check_parameters', 'Job', 'train_job', 'labels_of', 'notebook_job',
            'other_records', 'beside', 'spoilt', 'take_lock', 'is_locked', 'difference', 'predecessor', 'judge', 'Plan',
-           'refresh', 'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks', 'kin', 'chosen', 'plan',
-           'kept_plan', 'records_of']
+           'bare', 'spread', 'refresh', 'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks', 'kin',
+           'chosen', 'plan', 'kept_plan', 'records_of']
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c02
 import ast, errno, fcntl, os, re, sys
@@ -53,6 +53,7 @@ class Task(Strict):
     rows: list[str] | None = None # the rows it reads, if it has a parameter `records`; default: all
     after: list[str] = [] # notebooks listed above it whose results it reads
     against: str | None = None # another profile, whose published records it reads, too
+    embeddings: bool = False # is it drawn from the embeddings of its rows, which are not published?
 
 
 class Search(Strict):
@@ -401,6 +402,7 @@ class Job(Strict):
     log: str # path from the root
     inputs: list[str] = [] # records it reads
     after: list[str] = [] # outputs of the jobs that write them
+    embeddings: bool = False # does it read what lies beside the records?
     row: str = ""
     seed: int | None = None
     run: str = "" # the run id, for training
@@ -454,7 +456,7 @@ def notebook_job(task: Task, profile: Profile, trained: list[Job], # the trainin
     code = notebook_digest(root / task.notebook, package_folder(root))
     id = f"{profile.name}/{stem}-{digest([code, decisive, [j.run for j in runs], data if 'data' in known else '', [j.id for j in read], *theirs], 12)}"
     return Job(id=f"notebooks/{id}", kind="notebook", title=stem, notebook=task.notebook, parameters=parameters,
-               inputs=records, after=[j.output for j in (*runs, *read)], code=code,
+               inputs=records, after=[j.output for j in (*runs, *read)], embeddings=task.embeddings, code=code,
                output=f"runs/notebooks/{id}.ipynb", log=f"runs/logs/{profile.name}/notebooks/{id}.log")
 
 
@@ -569,15 +571,30 @@ class Plan(Strict):
         return found[0]
 
 
-def refresh(plan: Plan, root: Path) -> Plan:
-    "Look at the files again; a notebook is finished only if all that it reads is."
-    ours = {root / j.output for j in plan.jobs}
-    for job in plan.jobs: job.state, job.why = judge(job, root, ours)
+def bare(job: Job, root: Path) -> bool:
+    "Was a training run taken over from a figures folder, where its record is and its embeddings are not?"
+    return job.kind == "train" and "epochs.npz" in (read_json(beside(root / job.output, "manifest.json")) or {}).get("elsewhere", {})
+
+
+def spread(plan: Plan) -> None:
+    "A notebook is finished only if all that it reads is."
     left = {j.output for j in plan.left()}
     for job in plan.jobs:
         if job.state == "finished" and left & set(job.after):
             job.state, job.why = "changed", "what it reads is to be done again"
             left.add(job.output)
+
+
+def refresh(plan: Plan, root: Path) -> Plan:
+    "Look at the files again; a run whose embeddings are wanted by a notebook that is left, and are not here, is done again."
+    ours = {root / j.output for j in plan.jobs}
+    for job in plan.jobs: job.state, job.why = judge(job, root, ours)
+    spread(plan)
+    wanted = {run: job.title for job in plan.left() if job.embeddings for run in job.after}
+    for job in plan.jobs:
+        if job.state == "finished" and job.output in wanted and bare(job, root):
+            job.state, job.why = "changed", f"{wanted[job.output]} is drawn from its embeddings, which are not published"
+    spread(plan)
     return plan
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c48

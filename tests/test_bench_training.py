@@ -22,8 +22,11 @@ def test_the_ladder_is_climbed_and_its_arithmetic_holds(tmp_path, monkeypatch):
     table, text = pd.read_csv(tmp_path / f"training_{'gpu' if torch.cuda.is_available() else 'cpu'}.csv"), next(tmp_path.glob("*.md")).read_text()
     assert table.rung.iloc[0] == "fp32, DataLoader" and table.rung.iloc[-3] == "+ batches on the device" and table.rung.iloc[-2] == T.ITSELF and table.rung.iloc[-1].startswith("floor")
     assert (table[["judged_per_second", "pairs_per_second", "after_epoch"]] > 0).to_numpy().all() and table.against_first[0] == 1 and table.step_against_floor.iloc[-1] == 1
-    assert "hours" not in text and "recipes would take is left out" in text and ("No GPU here" in text) == (not torch.cuda.is_available())
-    assert ("dense bf16 peak" in text) == table.share_of_peak.notna().all()
+    assert "| hours |" not in text and "recipes would take is left out" in text and ("No GPU here" in text) == ("Nothing is compiled" in text) == (not torch.cuda.is_available())
+    own = table.set_index("rung").loc[T.ITSELF]
+    assert f"does {own.against_first:.2f} times the first rung, and its step takes {own.step_against_floor:.2f} times the floor" in text
+    peak = table.images_per_second * table.flops_per_image / table.share_of_peak
+    assert "The peak is the" in text and (table.share_of_peak > 0).all() and peak.max() == pytest.approx(peak.min(), rel=1e-4)          # CSV: six digits
     assert ("disturbed them" in text) == ((table.high / table.low).max() >= T.STEADY)
     hours, told = sum(e * (n / 1000 + m / 4000 + m * m / 1e9 + .5) for e, n, m in T.RECIPES.values()) / 3600, T.recipe_hours(1000., 4000., 1e9, .5)
     assert f"| all four |  | {hours:.2f} |" in told and "| CUB | 30 × (5,864 / 1,000 + 5,924 / 4,000 + 0.04 + 0.50) | 0.07 |" in told
@@ -37,9 +40,9 @@ def test_ratios_are_those_within_a_round():
     "The second round is twice as slow for all: no ratio moves. Medians of the seconds are their own."
     times = {"fp32, DataLoader": 4., T.ITSELF: 2., T.FLOOR: 1.}
     seconds = {name: [s, 2 * s, s] for name, s in times.items()} | {T.JUDGING: [.1] * 3, T.SEARCHING: [1e-9] * 3, T.AFTER: [.5] * 3}
-    table = T.ladder_table(seconds, 8, 10, torch.device("cpu"))
+    table = T.ladder_table(seconds, 8, 10, 160.)
     assert table.rung.tolist() == list(times) and table.against_first.tolist() == [1, 2, 4] and table.step_against_floor.tolist() == [4, 2, 1]
-    assert table.images_per_second.tolist() == [2, 4, 8] and table.low.tolist() == [1, 2, 4] and (table.after_epoch == .5).all() and (table.judged_per_second == 10).all()
+    assert table.images_per_second.tolist() == [2, 4, 8] and table.low.tolist() == [1, 2, 4] and table.share_of_peak.tolist() == [.125, .25, .5] and (table.after_epoch == .5).all() and (table.judged_per_second == 10).all()
 
 
 def test_a_ladder_that_is_stopped_keeps_the_rounds_it_has(tmp_path, monkeypatch):
@@ -50,7 +53,7 @@ def test_a_ladder_that_is_stopped_keeps_the_rounds_it_has(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt): T.main(tmp_path, size=24, crop=16, batch=8, steps=1, rounds=3)
     table = pd.read_csv(next(tmp_path.glob("*.csv")))
     names = [r.name for r in T.rungs(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.is_available())]
-    assert table.rung.tolist() == [*names[:-1], T.ITSELF, names[-1]] and (table.low == table.high).all() and table.notna().drop(columns="share_of_peak").to_numpy().all()
+    assert table.rung.tolist() == [*names[:-1], T.ITSELF, names[-1]] and (table.low == table.high).all() and table.notna().to_numpy().all()
 
 
 def test_workers_are_as_many_as_cores_and_shared_memory_allow():
@@ -61,6 +64,19 @@ def test_the_flops_are_those_of_the_net():
     "ResNet-50 at 224 pixels: 4.09 billion multiply-adds forward (torchvision's table), twice as many operations, three times that with backward but for the first layer."
     flops = T.step_flops(Recipe(encoder="resnet50", size=256, crop=224, pipeline="device"))
     assert flops == pytest.approx(3 * 2 * 4.09e9, rel=.03)
+
+
+def test_what_an_hour_asks_for():
+    "From the numbers of the paper's sets and torchvision's count of multiply-adds, by hand."
+    trained, judged = 30 * 5864 + 100 * (8054 + 59551 + 25882), 30 * 5924 + 100 * (8131 + 60502 + 26830)
+    told, flops = T.asked_of_an_hour(), T.step_flops(Recipe(encoder="resnet50", size=256, crop=224, pipeline="device"))
+    assert f"| all four | {trained:,} | {judged:,} | {(trained + judged / 3) * flops / 1e15:,.0f} |" in told and f"{(trained + judged / 3) / 3600:,.0f} images a second" in told
+    assert f"{(trained + judged / 3) * flops / 3600 / 989e12:.1%} of the dense bf16 peak" in told
+
+
+def test_the_peak_without_a_data_sheet_is_measured_here():
+    rate, what = T.peak_rate(torch.device("cpu"))
+    assert rate > 1e8 and what.startswith("the rate of a matrix product here") and f"{rate / 1e9:,.0f} GFLOP/s" in what
 
 
 def test_a_cpu_climbs_no_rung_that_it_has_not():

@@ -674,6 +674,28 @@ def test_status_where_the_images_are_not(root, monkeypatch):
     assert code == 2 and "To have it" in said
 
 
+def test_a_drawing_from_embeddings_has_them_trained_again(root, monkeypatch):
+    "Embeddings are not published: runs that were taken over go again where a changed notebook is drawn from those, and no other run does."
+    kept = "R.write_atomic(here / 'epochs.npz', 'a cloud')\n" + RECORD.replace("provenance=", "files=['epochs.npz'], provenance=")
+    fields = "\n".join(f"{k} = {v!r}" for k, v in Recipe().model_dump(mode="json").items())
+    write_notebook(root / "nbs/train.ipynb", f"# params\nrow, seed = '', 0\nrow = ''\nseed = 0\ndata = ''\ndevice = ''\nfolder = ''\n{fields}", TRAIN, kept)
+    write_notebook(root / "nbs/clouds.ipynb", "# params\nrecords = []", "from dml_companion import reproduction as R", "[(R.project_root() / r).with_name('epochs.npz').read_text() for r in records]")
+    write_profile(root, notebooks=[{"notebook": "nbs/table.ipynb"}, {"notebook": "nbs/clouds.ipynb", "rows": ["small"], "embeddings": True}])
+    assert command(root, "reproduce", "-p", "toy")[0] == 0
+    trained = {row: (root / f"{row}-0.log").read_text() for row in ("small", "large")}
+
+    shutil.rmtree(root / "runs")
+    edit(root / "nbs/table.ipynb", "R.save_table", "print(len(runs));R.save_table")          # reads records: no training
+    assert "1 of 4 notebooks would run" in command_here(root, monkeypatch, "reproduce", "-p", "toy", "--published", "-n")[1]
+    edit(root / "nbs/clouds.ipynb", "'epochs.npz').read_text()", "'epochs.npz').read_text()[0]")
+    code, said = command_here(root, monkeypatch, "status", "-p", "toy")
+    assert "clouds is drawn from its embeddings, which are not published" in said and [line.split()[3] for line in said.splitlines() if "seed 0" in line] == ["finished", "changed"]
+    code, out, err = command(root, "reproduce", "-p", "toy", "--published")
+    assert code == 0 and "'a'" in (root / "figures/toy/notebooks/clouds.ipynb").read_text(), out + err
+    assert (root / "large-0.log").read_text() == trained["large"] and (root / "small-0.log").read_text() == 2 * trained["small"]
+    assert "4 finished" in command_here(root, monkeypatch, "status", "-p", "toy")[1]
+
+
 def test_what_belongs_together_is_asked_for_together():
     "A row brings its variants or trials; a variant, a trial or controls alone are no table."
     sweeps, search, family = map(P.load_profile, ("sweeps", "tune_glyphs", "family"))
