@@ -36,7 +36,7 @@ from benchmarks.common import interleaved, machine_lines, pipe_table, ratio, rou
 from dml_companion import objectives
 from dml_companion.datasets import Split
 from dml_companion.device import DevicePack, augment, training_batches
-from dml_companion.device_training import DeviceRun
+from dml_companion.device_training import DeviceRun, check_compiler
 from dml_companion.encoders import build_encoder, embed
 from dml_companion.engine import own_cores
 from dml_companion.retrieval import recall_at_k
@@ -170,10 +170,10 @@ class Way(NamedTuple):
 
 
 @contextmanager
-def switched(rung: Rung, same_shapes: bool = True) -> Iterator[None]: # same_shapes: cudnn may look for the quickest kernels
-    "TF32 as a rung has it."
-    torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = rung.tf32, same_shapes
+def switched(products: bool, convolutions: bool, same_shapes: bool = True) -> Iterator[None]: # same_shapes: cudnn may look for the quickest kernels
+    "TF32 in products and in convolutions, or not."
+    torch.set_float32_matmul_precision("high" if products else "highest")
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = convolutions, same_shapes
     try: yield
     finally: torch.set_float32_matmul_precision("highest"); torch.backends.cudnn.benchmark = False
 
@@ -183,14 +183,14 @@ def rung_way(rung: Rung, recipe: Recipe, batches: Iterator, device: torch.device
     step = make_step(recipe, rung, device)
     def block(n):
         for _ in range(n): step(*next(batches))
-    run = lambda n: switched(rung)(waited(lambda: block(n), device.type))
+    run = lambda n: switched(rung.tf32, rung.tf32)(waited(lambda: block(n), device.type))
     run(3)()
     return Way(rung.name, partial(time.sleep, rest) if rung.device_batches else run(ahead), run(steps), steps)
 
 
 def run_ways(recipe: Recipe, split: Split, device: torch.device, folder: Path, rest: float) -> list[Way]:
     """Notebook 05c's run with all that it does: whole epochs; embedding images that are judged; search among them, both metrics, K up to 1,000 as on SOP;
-    and what follows an epoch: a look at watched images, a checkpoint."""
+    and what follows an epoch: a look at watched images, a checkpoint. TF32 as the package leaves it: in convolutions only."""
     given = recipe.model_copy(update=dict(precision="bf16", lr=1e-3, patience=100))
     run = DeviceRun(given, SimpleNamespace(digest="noise"), split, split, partial(objectives.make, "cross_entropy", label_smoothing=.1), 0, folder, device.type)
     def after(): run.look(dict(epoch=run.epoch)); run.save()
@@ -199,7 +199,7 @@ def run_ways(recipe: Recipe, split: Split, device: torch.device, folder: Path, r
     def search():
         for metric in ("cosine", "euclidean"): recall_at_k(z, labels, [k for k in (1, 10, 100, 1000) if k < n], metric=metric)
     calls = {ITSELF: (lambda: train_epoch(run, 10**6), len(split) // recipe.batch_size), JUDGING: (lambda: embed(run.bare, run.pack), len(split)), SEARCHING: (search, n * n), AFTER: (after, 1)}
-    ways = [Way(name, partial(time.sleep, rest), switched(LADDER[-1], name == ITSELF)(waited(call, device.type)), units) for name, (call, units) in calls.items()]
+    ways = [Way(name, partial(time.sleep, rest), switched(False, True, name == ITSELF)(waited(call, device.type)), units) for name, (call, units) in calls.items()]
     for way in ways: way.block()
     return ways
 
@@ -326,7 +326,7 @@ def recipe_hours(speed: float, judging: float, pairs: float, after: float) -> st
     return "\n\n".join([
         "## What the paper's four recipes would take", f"The run itself trains on {speed:,.1f} images a second, and embeds {judging:,.1f} a second of those that are judged after every epoch. "
         f"Search among them goes through {pairs:,.3g} pairs a second, in both metrics and with K up to 1,000. Each epoch is followed by {after:.2f} s: some 2,000 training images are looked at, and a checkpoint is written. "
-        "Not counted: compilation, the first upload, the clustering at the end, and that CUB's uncut pictures lie in squares of 512 pixels, which take longer to augment. "
+        f"Not counted: compilation, the first upload, the clustering at the end, that SOP and In-Shop have more than the {CLASSES} classes of this measurement, and that CUB's uncut pictures lie in squares of 512 pixels, which take longer to augment. "
         "The profile `paper` also has each recipe under our protocol, with five seeds: five times the epochs of these; `--row cub --row cars196 --row sop --row inshop` leaves those out.",
         pipe_table(["recipe", "epochs × (training / speed + judged / speed + search + what follows)", "hours"], [*rows, ["all four", "", f"{sum(hours.values()):.2f}"]])])
 
@@ -335,6 +335,7 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
          steps: int | None = None, rounds: int = 5, threads: int | None = None, compile: bool = False) -> None:
     "Climb the ladder, and say what that makes of the paper's four recipes."
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_compiler(device)                                                                       # before the first minute
     if threads: torch.set_num_threads(threads)
     given = {k: v for k, v in dict(encoder=encoder, size=size, crop=crop, batch=batch, steps=steps).items() if v is not None}
     use = defaults(device) | given

@@ -106,14 +106,17 @@ def test_torchvision_s_transform_has_the_recipe_s_numbers():
 
 def test_intervals_that_part_are_seen():
     near, far = ([dict(path=p, seed=s, epoch=e, recall=.5 + .01 * s + gap * e * k) for k, p in enumerate(P.PATHS) for s in range(3) for e in (0, 1)] for gap in (.001, .3))
-    assert P.compared(pd.DataFrame(near)).overlap.all() and P.compared(pd.DataFrame(far)).overlap.tolist() == [True, False]
+    assert P.compared(pd.DataFrame(near)).overlap.all() and P.compared(pd.DataFrame(far)).overlap.tolist() == [True, False] * 2
+    fp32, bf16 = (rows for _, rows in P.compared(pd.DataFrame(far)).groupby("path", sort=False))
+    assert bf16.path.iloc[0].endswith("bf16") and fp32.difference.tolist() == pytest.approx([0, .3]) and bf16.difference.tolist() == pytest.approx([0, .6])
+    assert P.verdict_of(fp32) == "The intervals do not overlap after epoch 1. The paired differences exclude zero after epoch 1."
 
 
 @pytest.mark.skipif(not Path(os.environ.get("DML_DATA", ""), "grocery").is_dir(), reason="DML_DATA has no grocery")
 def test_both_paths_train_on_photographs(tmp_path):
     main(["paths", "--seeds", "2", "--epochs", "1", "--out", str(tmp_path)])
     table = pd.read_csv(tmp_path / "training_paths.csv")
-    assert set(table.path) == set(P.PATHS) and (table.groupby(["seed", "epoch"]).size() == 2).all()
-    start = table[table.epoch == 0].groupby("seed").recall.nunique()
+    assert set(table.path) == set(P.PATHS) and (table.groupby(["seed", "epoch"]).size() == 3).all()
+    start = table[(table.epoch == 0) & table.path.str.endswith("fp32")].groupby("seed").recall.nunique()
     text = (tmp_path / "training_paths.md").read_text()
-    assert (start == 1).all() and ("The intervals overlap after every epoch" in text) != ("The intervals do not overlap after epoch" in text)
+    assert (start == 1).all() and text.count("The intervals overlap after every epoch") + text.count("The intervals do not overlap after epoch") == 2
