@@ -72,7 +72,7 @@ def draw(table):
         rows = table[(table.n == n) & (table.k == k)].iloc[::-1]
         colours = [WAYS[way][1] if way in WAYS else "#999999" for way in rows.way]
         ax.barh(rows.way, rows.times_floor, color=colours, height=.6)
-        for y, value in enumerate(rows.times_floor): ax.text(value + .02, y, f"{value:.2f}", va="center", size=8)
+        for y, value in enumerate(rows.times_floor): ax.text(value + .02, y, f"{value:.2f}", va="center", size=8, bbox=dict(facecolor="white", edgecolor="none", pad=1))
         for x, style in ((1, "-"), (TARGET, "--")): ax.axvline(x, color="black", lw=.8, ls=style)
         ax.set(title=f"k = {k}", xlabel="time / matrix product")
         ax.grid(False, axis="y")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 from .profiles import NOT_ASKED, Job, Plan, beside, check_parameters, is_locked, read_yaml, spoilt, take_lock, variant_name
-from .reproduction import (Record, cell_code, code_cells, digest, file_digest, load_record, notebook_digest, now, package_folder,
+from .reproduction import (Record, cell_code, code_cells, digest, file_digest, load_record, made_on, notebook_digest, now, package_folder,
     nearest_name, project_root, provenance, read_json, relative, write_atomic, write_json_atomic)
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c05
@@ -609,11 +609,12 @@ def provenance_of(plan: Plan, files: dict[str, str], # name -> sha256
 
 def front_page(plan: Plan, figures: dict[str, str], # name -> sha256
                copies: list[str], # names of the reading copies
+               hardware: str, # of the runs; empty: there are none
                root: Path) -> str: # Markdown
     "A page that shows every figure and table of a profile."
     lines = [f"# Results of the profile `{plan.profile}`", "", plan.description, "",
              "Made by `dml-companion reproduce`; do not edit. Every number comes from the run records in `records/`; "
-             "commits, versions, hardware and the digest of every file are in `provenance.json`.", "",
+             "commits, versions, hardware and the digest of every file are in `provenance.json`." + f" Trained on {hardware}." * bool(hardware), "",
              *(f"Not run: {', '.join(rows)} ({why}).\n" for why, rows in plan.not_run().items())]
     for name in (n for n in figures if n.endswith((".md", ".png"))):
         text = f"![{Path(name).stem}]({name})\n" if name.endswith(".png") else (root / plan.figures / name).read_text()
@@ -656,8 +657,9 @@ def publish(plan: Plan, root: Path) -> None:
     size = sum(map(len, copies.values()))
     if size > BUDGET: raise ValueError(f"the reading copies take {size / 1e6:.1f} MB, more than {BUDGET / 1e6:.0f}: draw less")
     folders = [(root / j.output).parent for j in plan.jobs if j.kind == "train"]
-    files = copies | {f"records/{load_record(f).label}.json": (f / "record.json").read_bytes() for f in folders}
-    files["README.md"] = front_page(plan, drawn, list(copied), root).encode()
+    runs = [load_record(f) for f in folders]
+    files = copies | {f"records/{r.label}.json": (f / "record.json").read_bytes() for r, f in zip(runs, folders)}
+    files["README.md"] = front_page(plan, drawn, list(copied), made_on(runs), root).encode()
     everything = drawn | {name: digest(content) for name, content in files.items()}
     files["provenance.json"] = (json.dumps(provenance_of(plan, everything, root), indent=1, ensure_ascii=False) + "\n").encode()
     for name, content in files.items():

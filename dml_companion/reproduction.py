@@ -11,7 +11,7 @@ __all__ = ['PACKAGE', 'BYSTANDERS', 'FORMER', 'TRAIN_NOTEBOOK', 'EXEMPT', 'KEEPS
            'deciding_code', 'notebook_roots', 'notebook_digest', 'results_digest', 'Run', 'train_digest', 'run_id',
            'identify', 'check_start', 'now', 'git_state', 'processor', 'versions', 'provenance', 'Record',
            'write_record', 'nearest_name', 'complaint', 'one_complaint', 'known_fields', 'load_record', 'load_records',
-           'mean_interval', 'result_table', 'metric_of', 'paired_difference', 'table_markdown', 'announce',
+           'made_on', 'mean_interval', 'result_table', 'metric_of', 'paired_difference', 'table_markdown', 'announce',
            'output_folder', 'Claim', 'write_claim', 'load_claims', 'claim_table', 'style_of', 'use_house_style',
            'save_figure', 'save_table', 'csv_text', 'plain_markdown']
 
@@ -571,6 +571,12 @@ def load_records(paths: str | Path | Iterable[str | Path], # a folder to search,
         folder = Path(paths) if Path(paths).is_absolute() else project_root() / paths
         paths = sorted(folder.glob("**/record.json")) or sorted(folder.glob("records/*.json"))
     return [load_record(p) for p in paths]
+
+
+def made_on(records: Iterable[Record]) -> str: # "NVIDIA H200"; "AMD EPYC, no GPU"
+    "What computed the runs: the GPU, or the processor where no GPU did."
+    said = (r.provenance for r in records)
+    return "; ".join(sorted({p["gpus"][0] if p["device"].startswith("cuda") else f"{p['cpu']}, no GPU" for p in said}))
 
 # %% ../nbs/01_foundations/06_reproduction.ipynb #c43
 def mean_interval(values: Iterable[float], # one number per seed
