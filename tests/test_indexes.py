@@ -260,6 +260,10 @@ def test_embeddings_are_mapped_not_read_and_bad_files_are_named(tmp_path):
                           ("words.npy", "must be real numbers")):
         with pytest.raises(ValueError, match=message) as e: I.open_embeddings(bad / name)
         assert name in str(e.value)
+    torch.save(torch.from_numpy(np.asarray(X)), bad / "x.pt"); np.savez(bad / "many.npz", **{f"a{i}": X for i in range(12)}); np.savez(bad / "none.npz")
+    for name, message in (("other.npz", "no array 'embeddings', it holds 'z': .* numpy.save"), ("many.npz", "'a8', ...: "), ("none.npz", "it holds nothing"),
+                          ("x.pt", r"x.pt is a file of torch: .* numpy.save\('.*/bad/x.npy', tensor.numpy\(\)\)")):
+        with pytest.raises(ValueError, match=message): I.open_embeddings(bad / name)
     np.save(tmp_path / "c.npy", X[:5, :6])
     with pytest.raises(ValueError, match="c.npy has 6 columns and .*a.npy 12"): I.open_embeddings(tmp_path)
 
