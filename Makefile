@@ -1,4 +1,5 @@
 # make reproduce            the quick profile: train, tabulate, draw (PROFILE=omniglot picks another)
+# make status               what is finished, stale, failed or missing, and why (ARGS="--row snca": of these rows)
 # make tune                 the search behind a profile's hyper-parameters, the same budget for every objective
 # make test                 the whole test suite, smoke profile included, in two processes (JOBS=8: in eight; ARGS="-n0 --pdb": in this one)
 # make lab                  read the notebooks in JupyterLab
@@ -35,7 +36,7 @@ tune: $(READY)
 	$(BIN)/dml-companion tune --profile $(PROFILE) $(ARGS)
 
 status: $(READY)
-	$(BIN)/dml-companion status --profile $(PROFILE)
+	$(BIN)/dml-companion status --profile $(PROFILE) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

@@ -1,9 +1,11 @@
 """`python -m benchmarks [losses] [memory] [compile] [classes] [retrieval] [--out figures/bench]`: all of these by default.
 
 `python -m benchmarks search`, `training`, `device` and `paths` take longer, so they run only when they are named; their options stand in their modules.
+A part that fails does not keep the next ones from running; failures are told at the end, and the exit code is not 0.
 `python -m benchmarks --render` writes tables and plots of losses and compile anew from their csv and measures nothing.
 """
 import argparse
+import traceback
 from importlib import import_module
 
 PARTS = ("losses", "memory", "compile", "classes", "retrieval")
@@ -58,9 +60,15 @@ def main(argv=None) -> None:
     if render:
         for part in parts: import_module(f"benchmarks.bench_{part}").render(out)
         return
-    try:
-        for part in parts: import_module(f"benchmarks.bench_{part}").main(out, **{k: v for k, v in options.items() if k in OPTIONS.get(part, ())})
-    except (ValueError, OSError) as e: parser.exit(2, f"{parser.prog} {part}: {e}\n")
+    failed, code = [], 2                                    # 2: no part broke, but one cannot do what was asked; 1: one broke
+    for part in parts:
+        try: import_module(f"benchmarks.bench_{part}").main(out, **{k: v for k, v in options.items() if k in OPTIONS.get(part, ())})
+        except (ValueError, OSError) as e: failed.append(f"{parser.prog} {part}: {e}\n")
+        except Exception as e:                              # its words are kept, and not itself, which would hold the part's memory
+            traceback.print_exc()
+            failed.append(f"{parser.prog} {part}: {type(e).__name__}: {e}\n")
+            code = 1
+    if failed: parser.exit(code, "".join(failed))
 
 
 if __name__ == "__main__": main()

@@ -17,6 +17,10 @@ DRAWS = ("it draws, and a compiled graph draws other numbers from the same seed:
          "a wider rectangle; drawing as many, plain and compiled agree")
 
 
+CHECKED = ("Each data-dependent branch is a part of one check, that labels are in range (`objective.check_labels`), which objectives make of labels on a CPU only and without which "
+           "each of these forwards is one graph: the breaks do not tell what happens on a GPU, and notebook 05c has a count of its own, of encoder and loss.")
+
+
 def first_line(text: object) -> str:
     "What a table can hold."
     return " ".join(str(text).strip().splitlines()[:1])[:160].replace("|", "/")
@@ -84,7 +88,7 @@ def markdown(table, machine: list[str] | None = None) -> str: # machine: lines f
                    [[r.objective, show(r.graphs), show(r.breaks), r.equal, r.why] for r in table.itertuples()]),
         "Breaks by `torch._dynamo.explain`, why: the first of them; equal: value and gradient of the plain and of the compiled "
         f"objective (backend `{BACKEND}`, in evaluation mode, same seed). Graph capture and the tracing of the backward pass are "
-        "tried here; the default backend, inductor, which generates code, is not.", "\n".join(machine or machine_lines())])
+        "tried here; the default backend, inductor, which generates code, is not. " + CHECKED, "\n".join(machine or machine_lines())])
 
 
 def render(out_folder: str | Path = "figures/bench") -> None: # with compile.{csv,md}

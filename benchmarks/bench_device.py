@@ -34,6 +34,7 @@ KIND = {"cuda": "gpu", "cpu": "cpu"}                             # in the names 
 ROWS = {"cuda": 1_024, "cpu": 256}                               # of the batch over many classes
 PROBES, ROOM = (128, 256, 512), .4                               # B from which a CPU's need is forecast; share of the free memory it may take: seen within a factor 2.5
 FORMS = {"plain": "all logits", "chunks": "chunks of classes"}
+REACH = {"losses": 4_096, "classes": 1_000_000}                  # largest B of losses.md and C of classes.md beside it
 NO_ROOM, MEASURED = "out of memory", "measured"
 
 
@@ -63,6 +64,12 @@ def forecast(call: Callable[[int], Any], size: int) -> float: # call: of B, buil
 def has_room(call: Callable[[int], Any], size: int, device: str) -> bool: # call: as in `forecast`
     "Whether a batch may be tried: a GPU refuses by itself, small batches always fit."
     return device != "cpu" or size <= PROBES[-1] or forecast(call, size) <= ROOM * available_bytes()
+
+
+def one_backward(z: torch.Tensor) -> None: # z: a leaf with gradient
+    "A product through autograd, whose thread sets its own workspace up on a GPU: once, and not within a loss's peak. Among the floors of `loss_rows` is one already."
+    (z @ z.T).sum().backward()
+    z.grad = None
 
 
 def first_step(loss: torch.nn.Module, z: torch.Tensor, y: torch.Tensor, device: str) -> tuple[Callable[[], None], int]:
@@ -133,6 +140,7 @@ def class_rows(classes: int, dim: int, rounds: int, device: str) -> tuple[list[d
     z, y = torch.randn(n, dim, device=device, requires_grad=True), torch.randint(classes, (n,), device=device)
     bare = attempt(lambda: three_products(z.detach(), classes), device, fits("floor: classes"))[0]
     if bare: attempt(bare, device)
+    attempt(lambda: one_backward(z), device)
     forms, state = attempt(lambda: make_forms(classes, dim, device=device), device, fits("chunks"))
     tried = {form: attempt(lambda: first_step(forms[form], z, y, device), device, fits(form)) if forms else (None, state) for form in FORMS}
     seconds = timed(({"floor: classes": bare} if bare else {}) | {form: made[0] for form, (made, _) in tried.items() if made}, rounds, device)
@@ -207,6 +215,15 @@ def search_text(search) -> list[str]: # the rows of that part
             f"{K} neighbours, self left out, normal vectors. Peak: the most that torch held above the embeddings themselves."]
 
 
+def not_measured(table) -> str:
+    "What larger sizes are missing, and where a CPU's are; then what else."
+    missing = []
+    for part, letter in (("losses", "B"), ("classes", "C")):
+        sizes = table[(table.part == part) & (table.state == MEASURED)]["size"]
+        if len(sizes): missing.append(f"{letter} above {sizes.max():,}{f' (on a CPU {part}.md goes to {REACH[part]:,})' if sizes.max() < REACH[part] else ''}")
+    return f"Not measured here: {', '.join([*missing, 'bf16', 'TF32', 'compiled losses', 'other libraries', 'several devices', 'indexes'])}."
+
+
 def markdown(table, rounds: int, device: str) -> str:
     "What was measured where, the three parts, what was not measured."
     where = f"On {torch.cuda.get_device_name()}." if device == "cuda" else "**No GPU here: the same measurements on the CPU, small.** They say nothing about a GPU."
@@ -221,7 +238,7 @@ def markdown(table, rounds: int, device: str) -> str:
         f"round, in random order; ratios are medians over rounds of ratios within a round. *{NO_ROOM}*: it does not fit beside the matrices of the floor. {refuses}",
         *(["On a GPU no loss looks at its labels, since that would make the host wait: angular multiplies whole (B, B) matrices there, and losses with a table of positives keep B - 1 columns."] if device == "cuda" else []),
         *([f"Left out of this run: {', '.join(absent)}."] if (absent := [part for part in PARTS if not (table.part == part).any()]) else []),
-        "Not measured here: bf16, TF32, compiled losses, other libraries, several devices, indexes.", "\n".join(machine_lines())])
+        not_measured(table), "\n".join(machine_lines())])
 
 
 def draw_panel(ax, table, losses: bool) -> None: # losses: families against B; otherwise forms against C

@@ -47,7 +47,7 @@ def measure_exact(n: int, d: int, rounds: int, device: str) -> list[dict]:
     unit = normalize(x)
     seconds = interleaved({"product": waited(product(unit), device), **ways}, rounds, warmup=int(device != "cpu"))
     floor = seconds["product"]
-    return [dict(device=device, way=way, n=n, d=d, k=K, seconds=statistics.median(seconds[way]), floor_seconds=statistics.median(floor),
+    return [dict(device=device, way=way, n=n, d=d, k=K, rounds=rounds, seconds=statistics.median(seconds[way]), floor_seconds=statistics.median(floor),
                  times_floor=ratio(seconds[way], floor), best_times_floor=min(seconds[way]) / min(floor), peak_gb=peak / 1e9,
                  embeddings_gb=4 * n * d / 1e9, matrix_gb=4 * n * n / 1e9) for way, peak in peaks.items()]
 
@@ -117,6 +117,12 @@ def views(run: str | Path, count: int, block: int = 2048) -> tuple[np.ndarray, s
     return out, f"views of {recipe.dataset}"
 
 
+def run_name(run: str | Path) -> str:
+    "Row, seed and hash of a finished run."
+    record = json.loads((check_run(run) / "record.json").read_text())
+    return f"{record['row']}, seed {record['seed']}, {record['run']}"
+
+
 def asked_apart(x: np.ndarray, queries: int) -> tuple[np.ndarray, np.ndarray]: # gallery, queries
     "Some random rows ask, the others are searched."
     asks = np.zeros(len(x), dtype=bool)
@@ -141,6 +147,12 @@ def verdicts(table) -> list[dict]:
 
 # what is written
 
+def origin(table) -> str:
+    "Whose views they are: a sentence for each data set that has some."
+    told = table[table.data.astype(str).str.startswith("views of ")].drop_duplicates("data").to_dict("records")
+    return "".join(f" {r['data'].capitalize()}: " + (f"the run {r['run']}." if r.get("run") else "the run's name was not recorded then.") for r in told)
+
+
 def markdown(table, exact) -> str:
     "Exact search, then for each gallery what 95 % recall costs, then the options."
     parts = ["# Search at scale"]
@@ -149,7 +161,8 @@ def markdown(table, exact) -> str:
         lines = [[f"{r.way}, {r.device}", f"{r.n:,}", f"{r.d:,}", f"{r.seconds:.2f}", f"{r.floor_seconds:.2f}", f"{r.times_floor:.2f}",
                   f"{r.best_times_floor:.2f}", f"{r.peak_gb:.2f}", f"{r.embeddings_gb:.2f}", f"{r.matrix_gb:.2f}"] for r in exact.itertuples()]
         parts += [f"**Exact, all against all, {K} neighbours, self left out**", pipe_table(head, lines),
-                  "Float32, normal vectors. Peak: the most that torch held above the embeddings themselves. Ratios are medians of ratios within a round."]
+                  f"Float32, normal vectors. Peak: the most that torch held above the embeddings themselves. Seconds are medians of {exact.rounds.iloc[0]} rounds, ratios those of "
+                  "ratios within a round. A ratio below one saves no part of the product, which is timed in the same rounds: noise, large on two cores, moves either."]
     if len(table):
         head = ["index", "data", "n", f"setting for recall {WANTED}", "ms a query", "exact / index", "visited", "pays after, queries", "build, s",
                 "GB", "best recall seen"]
@@ -163,7 +176,7 @@ def markdown(table, exact) -> str:
         parts += [f"**What recall {WANTED} of the {K} nearest costs, cosine**", pipe_table(head, lines),
                   f"Exact search: {base}. Recalls are rounded; every setting is in search.csv. A setting is nprobe or ef_search; refined: 4 x {K} candidates "
                   "sorted by true distances. Synthetic data are those of notebook 03b: classes of ten, 16 directions that matter. Views of a data set are real: all "
-                  "its images as a trained encoder sees them, then augmented as in its training, over and over; rows at random ask."]
+                  f"its images as a trained encoder sees them, then augmented as in its training, over and over; rows at random ask.{origin(table)}"]
         options = table[table.built != ""].drop_duplicates(["data", "n", "built"])
         parts += ["\n".join(f"- {r['data']}, {r['n']:,}, {r['index']}: {r['built']}" for r in options.to_dict("records"))]
     return "\n\n".join([*parts, "\n".join(machine_lines())])
@@ -228,7 +241,8 @@ def main(out_folder: str | Path = "figures/bench", # csv, md, svg and png go her
             made.append(seen)
         for make in made:
             (gallery, asked), name = make()
-            rows += curves(gallery, asked, name, rounds, threads)
+            whose = run_name(run) if name.startswith("views of ") and run else ""
+            rows += [row | dict(run=whose) for row in curves(gallery, asked, name, rounds, threads)]
             table = pd.DataFrame(rows)
             save_figure(draw(table), "search", folder, data=table)
             write_text(folder / "search.md", markdown(table, alone))

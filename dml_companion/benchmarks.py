@@ -26,8 +26,8 @@ __all__ = ['OFFICIAL', 'ARCHIVES', 'CUB', 'SOP', 'LAYOUTS', 'FOLDERS', 'FACTS', 
            'Place', 'folder_place', 'archive_place', 'place', 'joined', 'Census', 'counts', 'check', 'squeezed',
            'laid_out', 'published', 'framed', 'pack_census', 'rows', 'number', 'cub', 'read_mat', 'car_rows',
            'car_models', 'cars_census', 'cars196', 'sop', 'inshop_census', 'inshop', 'NotPrepared', 'packs_on_disk',
-           'remove_pack', 'standing_pack', 'watching', 'Prepared', 'prepare', 'verify', 'Line', 'inventory',
-           'pack_bytes', 'card']
+           'remove_pack', 'standing_pack', 'watching', 'Prepared', 'prepare', 'other_pixels', 'verify', 'Line',
+           'inventory', 'pack_bytes', 'official_bytes', 'card']
 
 # %% ../nbs/01_foundations/01b_benchmarks.ipynb #c05
 class Counts(NamedTuple):
@@ -603,6 +603,16 @@ def prepare(name: str, root: str | Path | None = None, size: int | None = None, 
     with watching(again=again) as seen: data = datasets.load(name, root, size, cache, progress, **options)
     return Prepared(data, seen[0], before.get(seen[0].folder) != stamp(seen[0].folder))
 
+def other_pixels(name: str, root: str | Path | None, size: int | None, cache: str | Path | None,
+                 options: dict[str, Any], # of the pack that is not there
+                ) -> str: # empty: there is no such pack either
+    "What to say of the same files' pack with the other choice of `official`."
+    official = not options.get("official", False)
+    try:
+        with watching(open_only=True) as seen: datasets.load(name, root, size, cache, False, **options | {"official": official})
+    except (ValueError, TypeError, OSError): return ""
+    return f", or {'say' if official else 'leave out'} `--official`: there is {seen[0].folder}, packed {'with' if official else 'without'} it"
+
 def verify(name: str, root: str | Path | None = None, size: int | None = None, cache: str | Path | None = None,
            digest: str | None = None, # what the data set's digest must be, or how it must begin
            progress: bool = True,
@@ -611,7 +621,9 @@ def verify(name: str, root: str | Path | None = None, size: int | None = None, c
     "Judge counts, the hash of every packed image and the digest; raises `NotPrepared`, `BrokenPack` or `WrongData`."
     if digest is not None and not re.fullmatch("[0-9a-f]{8,64}", digest.lower()):
         raise ValueError(f"a digest is 64 hexadecimal digits, or at least the first 8 of them; got {digest!r}")
-    with watching(open_only=True) as seen: data = datasets.load(name, root, size, cache, progress, **options)
+    try:
+        with watching(open_only=True) as seen: data = datasets.load(name, root, size, cache, progress, **options)
+    except NotPrepared as e: raise NotPrepared(f"{e}{other_pixels(name, root, size, cache, options)}") from None
     n = len(seen[0].images)
     verify_pack(seen[0], tqdm(range(n), f"verifying {name}", disable=not progress, unit=" images"))
     if digest is not None and not data.digest.startswith(digest.lower()):
@@ -636,23 +648,30 @@ def inventory(root: str | Path | None = None, cache: str | Path | None = None) -
         if name == "folder": return "any folder"
         if name not in LAYOUTS: return "embedded" # it needs no files
         images = FACTS[name].images if name not in OFFICIAL else OFFICIAL[name].images
-        ready = sorted({m["shape"][2] for f, m in packs.items() if f.name.startswith(f"{PACKED_AS.get(name, name)}-")
-                        and m.get("shape", [0])[0] == images})
+        ready = sorted({tuple(m["shape"]) for f, m in packs.items() if f.name.startswith(f"{PACKED_AS.get(name, name)}-")
+                        and m.get("shape", [0])[0] == images}, key=lambda shape: shape[2])
         lacking = look(name, root).lacking
         words = [f"missing {', '.join(lacking)}"] if lacking else ["there"] if not ready else []
-        return ", ".join(words + [f"pack ready ({', '.join(map(str, ready))} px)"] * bool(ready))
+        told = "; ".join(f"{shape[2]} px, {np.prod(shape) / 1e9:.2f} GB" for shape in ready)
+        return ", ".join(words + [f"pack ready ({told})"] * bool(ready))
     return [Line(name, state(name), FACTS[name]) for name in known_datasets()]
 
 def pack_bytes(facts: Facts, size: int | None = None) -> int:
     "How large a set's pack is, by default at its default size."
     return facts.images * facts.channels * (size or facts.size) ** 2
 
+def official_bytes(name: str) -> int:
+    "The same with `official=True`: CUB's pictures are uncut there, each in a square of twice its short side."
+    return pack_bytes(FACTS[name], FACTS[name].size * (CANVAS if name == "cub" else 1))
+
 def card(line: Line) -> str:
     "All that is known of a set, as text."
     facts = line.facts
     counts = OFFICIAL.get(line.name, f"{facts.images:,} images of {facts.classes:,} classes")
+    official = official_bytes(line.name)
+    larger = f"; with --official {official / 1e9:.2g} GB, uncut at {CANVAS * facts.size} px" if official > pack_bytes(facts) else ""
     rows = {"state": line.state, "page": facts.page, "licence": facts.licence, "counts": counts if facts.images else "",
             "download": facts.download, "md5": "\n          ".join(f"{md5}  {file}" for file, md5 in facts.md5.items()),
-            "pack": f"{pack_bytes(facts) / 1e9:.2g} GB at {facts.size} px" if facts.images else ""}
+            "pack": f"{pack_bytes(facts) / 1e9:.2g} GB at {facts.size} px{larger}" if facts.images else ""}
     layout = f"layout\n{facts.help}" if facts.help else ""
     return "\n".join(filter(None, [line.name, *(f"{k:9} {v}" for k, v in rows.items() if v), layout]))

@@ -612,21 +612,22 @@ DigestOption = Annotated[Optional[str], typer.Option("--digest", help="What the 
 def data_list(name: Annotated[Optional[str], typer.Argument(help="All about one set: layout, sizes, licence.")] = None,
               data: DataOption = None, cache: CacheOption = None) -> None:
     "What is there, what is missing, and from where."
-    from dml_companion.benchmarks import card, inventory, pack_bytes, refuse
+    from dml_companion.benchmarks import card, inventory, official_bytes, pack_bytes, refuse
     lines = {line.name: line for line in inventory(data, cache)}
     if name is not None:
         if name not in lines: give_up(refuse("data set", name, lines))
         say(card(lines[name])); return
     table = Table(box=None, pad_edge=False)
-    for title in ("name", "state and official page", "images", "classes", "pack"):
+    for title in ("name", "state and official page", "images", "classes", "pack\nofficial"):
         table.add_column(title, overflow="fold", justify="left" if title[0] in "ns" else "right")
     for name, state, facts in lines.values():
         colour = "green" if state.startswith(("pack", "emb")) else "cyan" if state.startswith("there") else "default"
         sizes = (f"{n:,}" if n else "" for n in (facts.images, facts.classes))
-        pack = f"{pack_bytes(facts) / 1e9:.2f} GB" if facts.images else ""
+        plain, official = pack_bytes(facts), official_bytes(name)
+        pack = "\n".join(f"{n / 1e9:.2f} GB" for n in dict.fromkeys((plain, official)) if n)
         table.add_row(name, f"[{colour}]{state}[/]\n[dim]{facts.page}[/]", *sizes, pack)
     out.print(table)
-    say(f"data folder: {data or 'none, give --data or set DML_DATA'}")
+    say(f"pack: its size, and below it that with --official (the profile paper) where it differs\ndata folder: {data or 'none, give --data or set DML_DATA'}")
 
 
 @data_app.command("prepare")

@@ -15,7 +15,7 @@ __all__ = ['KEEP', 'NOISE', 'HARDWARE', 'BUDGET', 'failure_text', 'NotebookFaile
 
 # %% ../nbs/01_foundations/08_engine.ipynb #c02
 import json, math, os, random, re, shutil, signal, subprocess, sys, tempfile, threading, time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from datetime import datetime, timezone
 from pathlib import Path
@@ -216,7 +216,7 @@ def run_job(plan_file: str, # written by the front end, from the root
     os.environ.update({**thread_limits(plan.threads), "DML_ROOT": str(root), "DML_MANIFEST": str(beside(output, "files"))})
     follow_front()
     try:
-        with locked(beside(output, "lock"), patience=120), one_gpu(plan, root): do_job(job, root)
+        with locked(beside(output, "lock"), patience=120), one_gpu(plan, root) if job.kind == "train" else nullcontext(): do_job(job, root)
     except NotebookFailed as e: print(e, file=sys.stderr); return 1
     except BlockingIOError: return note_failure(job, "Busy", "another process is at work on it", root)
     except ValueError as e: return note_failure(job, "ValueError", str(e), root)

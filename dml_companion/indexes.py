@@ -160,13 +160,22 @@ def _stack(x: Any, # tensor, array, nested list, or a Stack
     if x.dtype.kind not in "fiub": raise ValueError(f"{name} must be real numbers, got {x.dtype}")
     return Stack((x,))
 
+def _not_embed(file: Path, arrays: list[str]) -> str: # arrays: the names in its zip
+    "Why a zip holds no `embeddings`, and what to do; torch writes zips, too."
+    if any(name.endswith("data.pkl") for name in arrays):
+        return f"{file} is a file of torch: load it and write its (n, d) tensor with numpy.save({str(file.with_suffix('.npy'))!r}, tensor.numpy())"
+    held = ", ".join([*map(repr, arrays[:9]), *["..."] * (len(arrays) > 9)]) or "nothing"
+    return (f"{file} has no array 'embeddings', it holds {held}: `dml-companion embed` writes one; "
+            "of your own, write the (n, d) matrix with numpy.save and give that .npy")
+
 def _read_matrix(file: Path) -> np.ndarray:
     "A .npy memory-mapped, or the `embeddings` of an .npz."
     try:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(found, np.ndarray): return _stack(found, str(file)).parts[0]
-        with found: return _stack(found["embeddings"], f"{file}: embeddings").parts[0]
-    except KeyError: raise ValueError(f"{file} has no array 'embeddings': `dml-companion embed` writes one") from None
+        with found:
+            if "embeddings" not in found.files: raise ValueError(_not_embed(file, found.files))
+            return _stack(found["embeddings"], f"{file}: embeddings").parts[0]
     except (ValueError, EOFError, BadZipFile) as e:
         if str(file) in str(e): raise
         raise ValueError(f"{file} is not a matrix that numpy can read, or was cut off: write it anew with numpy.save") from e

@@ -9,8 +9,8 @@ __all__ = ['OWN', 'BUDGET', 'BASIC', 'STATES', 'NO_LOCKS', 'NOT_ASKED', 'Strict'
            'profile_names', 'load_profile', 'search_of', 'checked_recipe', 'checked_recipes', 'unequal', 'Parameter',
            'annotated', 'parameters_of', 'check_parameters', 'Job', 'train_job', 'labels_of', 'notebook_job',
            'other_records', 'beside', 'spoilt', 'take_lock', 'is_locked', 'difference', 'predecessor', 'judge', 'Plan',
-           'bare', 'spread', 'refresh', 'data_digests', 'check_on_data', 'gpu_count', 'check_notebooks', 'kin',
-           'chosen', 'plan', 'kept_plan', 'records_of']
+           'bare', 'spread', 'refresh', 'data_digests', 'check_weights', 'check_on_data', 'gpu_count',
+           'check_notebooks', 'kin', 'chosen', 'plan', 'kept_plan', 'records_of']
 
 # %% ../nbs/01_foundations/07_profiles.ipynb #c02
 import ast, errno, fcntl, os, re, sys
@@ -605,6 +605,7 @@ def data_digests(recipes: dict[str, dict], # row -> recipe
                 ) -> tuple[dict[str, str], dict[str, str]]: # row -> digest; row -> why it is left out
     "The digest of each row's data; prepares the pack where it is missing."
     from dml_companion.datasets import MissingData, load
+    check_weights(recipes, data, weights) # packing takes minutes
     found, names, absent = {}, {}, {}
     for row, r in recipes.items():
         key = canonical([r["dataset"], r["size"], r["data_options"]])
@@ -619,6 +620,19 @@ def data_digests(recipes: dict[str, dict], # row -> recipe
     if absent and not as_available: raise next(iter(absent.values()))
     def why(name, error): return f"{'needs the' if 'To have it' in str(error) else 'lacks some'} images of {name}, see dml-companion data list"
     return names, {row: why(recipes[row]["dataset"], error) for row, error in absent.items()}
+
+
+def check_weights(recipes: dict[str, dict], data: str | None, weights: str | None) -> None: # as in `data_digests`
+    "ValueError where pretrained weights of a row whose images are there are missing or damaged; each file is read once."
+    from dml_companion.benchmarks import LAYOUTS, look
+    from dml_companion.encoders import PRETRAINED
+    root, seen = data or os.environ.get("DML_DATA"), set()
+    for row, r in recipes.items():
+        lacks = r["dataset"] in LAYOUTS and look(r["dataset"], Path(root).expanduser() if root else None).lacking
+        if lacks or not r["pretrained"] or r["encoder"] in seen or r["encoder"] not in PRETRAINED: continue
+        seen.add(r["encoder"])
+        try: PRETRAINED[r["encoder"]](weights=weights)
+        except (ValueError, FileNotFoundError, ImportError) as e: raise ValueError(f"row {row!r}: {e}") from None
 
 
 def check_on_data(recipe: dict, # complete

@@ -129,6 +129,25 @@ def test_a_count_below_one_is_refused_before_anything_is_measured(words, tmp_pat
     assert stop.value.code == 2 and "must be 1 or more" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_part_that_fails_does_not_stop_the_next(monkeypatch, capsys):
+    "Whatever its error is; all are told at the end. Only who stops it himself stops it."
+    from types import SimpleNamespace
+    import benchmarks.__main__ as M
+    def ran(**errors):
+        done = []
+        def main(part):
+            done.append(part)
+            if part in errors: raise errors[part]
+        monkeypatch.setattr(M, "import_module", lambda name: SimpleNamespace(main=lambda out, **options: main(name.rpartition("_")[2])))
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as stop: M.main(["training", "device", "search"])
+        return done, getattr(stop.value, "code", None), capsys.readouterr().err
+    done, code, said = ran(training=torch.OutOfMemoryError("no room"), device=ValueError("too few"))
+    assert done == ["training", "device", "search"] and code == 1 and "Traceback" in said
+    assert said.endswith("python -m benchmarks training: OutOfMemoryError: no room\npython -m benchmarks device: too few\n")
+    assert ran(device=OSError("no disk")) == (["training", "device", "search"], 2, "python -m benchmarks device: no disk\n")
+    assert ran(training=KeyboardInterrupt())[:2] == (["training"], None)
+
+
 def test_options_belong_to_a_part():
     assert "device" in LONG and {"batches", "classes"} <= {*OPTIONS["device"]}
     for words in (["training", "--batches", "3"], ["device", "--steps", "3"], ["device", "--sizes", "3"], ["losses", "--exact", "70", "8"], ["device", "--batches"]):
@@ -145,6 +164,32 @@ def test_the_committed_tables_are_those_of_their_rounds(kind):
     text = found.with_suffix(".md").read_text()
     for r in table[table.part == "losses"].itertuples():
         if r.state == "measured": assert re.search(rf"\| {re.escape(r.name)} \|.* {r.times_floor:.2f} ", text), (r.name, r.size)
+
+
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_larger_sizes_that_are_missing_are_named(kind):
+    "And the larger ones on a CPU, in the tables beside."
+    found = ROOT / f"figures/bench/device_{kind}.csv"
+    if not found.exists(): pytest.skip(f"no {kind} was measured yet")
+    told = D.not_measured(pd.read_csv(found))
+    assert f"\n{told}\n" in found.with_suffix(".md").read_text()
+    assert kind == "gpu" or "B above 1,024 (on a CPU losses.md goes to 4,096), C above 100,000 (on a CPU classes.md goes to 1,000,000), bf16," in told
+    assert pd.read_csv(ROOT / "figures/bench/losses.csv").batch.max() == D.REACH["losses"] and pd.read_csv(ROOT / "figures/bench/classes.csv").classes.max() == D.REACH["classes"]
+
+
+def test_what_did_not_fit_is_not_measured():
+    rows = [dict(part="losses", size=8_192, state="measured"), dict(part="losses", size=16_384, state="out of memory")]
+    assert D.not_measured(pd.DataFrame(rows)) == "Not measured here: B above 8,192, bf16, TF32, compiled losses, other libraries, several devices, indexes."
+
+
+@pytest.mark.parametrize("measure", [lambda: D.class_rows(50, 16, 1, "cpu"), lambda: D.loss_rows(16, 16, 1, "cpu")])
+def test_autograd_has_worked_before_memory_is_measured(measure, monkeypatch):
+    "On a GPU its thread sets a workspace up at its first product, which is not the first loss's memory."
+    seen, backward, peak = [], torch.Tensor.backward, D.peak_bytes
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self, *a, **k: (seen.append("backward"), backward(self, *a, **k))[1])
+    monkeypatch.setattr(D, "peak_bytes", lambda *a: (seen.append("peak"), peak(*a))[1])
+    measure()
+    assert "backward" in seen[:seen.index("peak")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

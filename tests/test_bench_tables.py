@@ -68,12 +68,36 @@ def test_what_differs_when_compiled_has_a_reason_that_is_tried():
     assert DRAWS in text and "inductor, which generates code, is not" in text
 
 
+def test_the_breaks_of_the_table_are_the_check_of_labels(monkeypatch):
+    "Why each forward that the table breaks does so, and that it breaks nowhere else; one objective of each kind."
+    import torch
+    from importlib import import_module
+    from benchmarks.bench_compile import CHECKED
+    from benchmarks.contenders import CONTENDERS, make_batch
+    from dml_companion.objective import loss_modules
+    def explained(label):
+        torch._dynamo.reset()
+        return torch._dynamo.explain(CONTENDERS[label].make().eval())(*make_batch(8))
+    table = pd.read_csv(BENCH / "compile.csv", keep_default_na=False).set_index("objective")
+    some = ["cross-entropy", "ArcFace", "ProxyNCA++", "regularised softmax", "intra-batch"]
+    assert (table.breaks[some] > 0).all() and {*table.why[table.breaks > 0]} == {"Data-dependent branching"} and CHECKED in (BENCH / "compile.md").read_text()
+    for label in some: assert all("check_labels" in reason.user_stack[-1].name for reason in explained(label).break_reasons), label
+    for module in map(import_module, loss_modules()):
+        if hasattr(module, "check_labels"): monkeypatch.setattr(module, "check_labels", lambda labels, num_classes: None)
+    assert [explained(label).graph_break_count for label in some] == [0] * len(some)
+    torch._dynamo.reset()
+
+
 def test_the_search_tables_are_what_the_csv_gives():
     "Everything but the exact part, whose csv is rounded, word by word; SOP's size and a million vectors, synthetic and real, are there."
     from benchmarks import bench_search as S
     table, exact = pd.read_csv(BENCH / "search.csv", keep_default_na=False), pd.read_csv(BENCH / "search_exact.csv")
     wanted, text = (t.split("**What recall")[1].split("\n\n- AMD")[0].rstrip() for t in (S.markdown(table, exact), (BENCH / "search.md").read_text()))
     assert wanted.split("\n\n")[:4] == text.split("\n\n")[:4]
+    (said,) = (p for p in S.markdown(table, exact).split("\n\n") if p.startswith("Float32, normal vectors."))
+    assert f"\n\n{said}\n\n" in (BENCH / "search.md").read_text() and "medians of 2 rounds" in said and "A ratio below one" in said
+    assert "Views of omniglot: the run's name was not recorded then." in wanted
+    assert "Views of omniglot: the run spce, seed 1, 0123456789ab." in S.markdown(table.assign(run="spce, seed 1, 0123456789ab"), exact)
     assert {tuple(v) for v in exact[["n", "d"]].values.tolist()} == {(60_502, 2_048)} and (exact.peak_gb < .1 * exact.matrix_gb).all()
     assert {("synthetic", 1_000_000), ("views of omniglot", 1_000_000)} <= {*map(tuple, table[["data", "n"]].values.tolist())}
     assert table.recall.between(0, 1).all() and (table[table["index"] != "exact"].visited < 1.1).all()

@@ -511,11 +511,31 @@ def test_official_packs_are_prepared_and_verified(tmp_path):
         assert CliRunner().invoke(app, ["data", "verify", *words, "--official"]).exit_code == 2                   # not prepared
         said = CliRunner().invoke(app, ["data", "prepare", *words, "--official"])
         assert said.exit_code == 0 and "3x32x32" in said.output, said.output
-        assert CliRunner().invoke(app, ["data", "verify", *words]).exit_code == 2
+        plain = CliRunner().invoke(app, ["data", "verify", *words])
+        (folder,) = entries(root / "packs")
+        assert plain.exit_code == 2 and f"`dml-companion data prepare` first, or say `--official`: there is {root / 'packs' / folder}, packed with it" in plain.output
+        listed = CliRunner().invoke(app, ["data", "list", "cub", "--data", str(root), "--cache", str(root / "packs")])
+        assert "pack ready (32 px, 0.00 GB)" in listed.output
         again = CliRunner().invoke(app, ["data", "verify", *words, "--official"])
         assert again.exit_code == 0 and "right: 12 images" in again.output
         unknown = CliRunner().invoke(app, ["data", "prepare", "glyphs", "--official", "--cache", str(root / "packs")])
+        other = CliRunner().invoke(app, ["data", "prepare", *words[:-1], str(root / "others")])
+        assert other.exit_code == 0
+        missed = CliRunner().invoke(app, ["data", "verify", *words[:-1], str(root / "others"), "--official"])
+    assert missed.exit_code == 2 and "or leave out `--official`: there is " in missed.output and "packed without it" in missed.output
     assert unknown.exit_code == 2 and "unknown option of glyphs 'official'" in unknown.output
+
+def test_an_uncut_pack_is_shown_at_its_size(tmp_path, monkeypatch):
+    "2 x 2 times as many bytes, since each picture lies in a square of twice its short side; other official packs are as large as the plain ones."
+    assert B.pack_bytes(B.FACTS["cub"]) == 11_788 * 3 * 256 ** 2 and B.official_bytes("cub") == 11_788 * 786_432
+    assert all(B.official_bytes(name) == B.pack_bytes(facts) for name, facts in B.FACTS.items() if name != "cub")
+    text = command("data", "list", "--cache", tmp_path)[1]
+    assert "2.32 GB" in text and "9.27 GB" in text and text.count(" GB") == sum(bool(f.images) for f in B.FACTS.values()) + 1
+    assert "pack      2.3 GB at 256 px; with --official 9.3 GB, uncut at 512 px\n" in command("data", "list", "cub", "--cache", tmp_path)[1]
+    assert "--official" not in command("data", "list", "cars196", "--cache", tmp_path)[1]
+    shapes = {Path(f"cub-{side}px-0"): {"shape": [11_788, 3, side, side]} for side in (256, 512)}
+    monkeypatch.setattr(B, "packs_on_disk", lambda cache: shapes)
+    assert "pack ready (256 px, 2.32 GB; 512 px, 9.27 GB)" in command("data", "list", "cub", "--cache", tmp_path)[1]
 
 def test_digests_do_not_move(tmp_path):
     "Flat colours decode alike everywhere: another digest here means that results can no longer be compared."
@@ -640,7 +660,7 @@ def test_the_list(tmp_path):
     assert set(states) == set(D.known_datasets()) == set(B.FACTS)
     command("data", "prepare", "cub", "--data", root, "--cache", tmp_path / "packs", "--size", 16, name="cub")
     code, text = command("data", "list", "--data", root, "--cache", tmp_path / "packs", name="cub")
-    assert code == 0 and "pack ready (16 px)" in text and "11,788" in text and "missing car_ims.tgz" in text
+    assert code == 0 and "pack ready (16 px" in text and "11,788" in text and "missing car_ims.tgz" in text
     for facts in B.FACTS.values(): assert facts.page[:40] in text
     code, text = command("data", "list", "--data", root, "--cache", tmp_path / "packs")
     assert "pack ready" not in text                                   # twelve images are not CUB

@@ -630,6 +630,17 @@ with one_gpu(SimpleNamespace(gpus=2, runs_per_gpu=1), root):
     assert alone.returncode == 0 and sorted(at())[0] == "1"
 
 
+def test_only_training_takes_a_gpu(root, monkeypatch):
+    "Snakemake lets as many runs start as there are slots; a notebook that took one would have a run wait that was let in."
+    made, seen = P.plan("toy", root=root).model_copy(update={"gpus": 2}), []
+    R.write_json_atomic(root / made.path(), made.model_dump())
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"})
+    monkeypatch.setattr(E, "free_gpu", lambda slots, held: "1")
+    monkeypatch.setattr(E, "do_job", lambda job, root: seen.append((job.kind, os.environ.pop("CUDA_VISIBLE_DEVICES", None))))
+    assert [E.run_job(made.path(), job.id, root) for job in made.jobs] == [0] * 4
+    assert seen == [("train", "1")] * 2 + [("notebook", None)] * 2
+
+
 def test_some_rows_of_a_profile(root, monkeypatch):
     "Asked for by name: their runs, the notebooks that show no others, and no loss of what was published."
     write_profile(root, notebooks=[{"notebook": "nbs/table.ipynb"}, {"notebook": "nbs/alone.ipynb", "rows": ["large"]}])

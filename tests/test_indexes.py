@@ -260,6 +260,10 @@ def test_embeddings_are_mapped_not_read_and_bad_files_are_named(tmp_path):
                           ("words.npy", "must be real numbers")):
         with pytest.raises(ValueError, match=message) as e: I.open_embeddings(bad / name)
         assert name in str(e.value)
+    torch.save(torch.from_numpy(np.asarray(X)), bad / "x.pt"); np.savez(bad / "many.npz", **{f"a{i}": X for i in range(12)}); np.savez(bad / "none.npz")
+    for name, message in (("other.npz", "no array 'embeddings', it holds 'z': .* numpy.save"), ("many.npz", "'a8', ...: "), ("none.npz", "it holds nothing"),
+                          ("x.pt", r"x.pt is a file of torch: .* numpy.save\('.*/bad/x.npy', tensor.numpy\(\)\)")):
+        with pytest.raises(ValueError, match=message): I.open_embeddings(bad / name)
     np.save(tmp_path / "c.npy", X[:5, :6])
     with pytest.raises(ValueError, match="c.npy has 6 columns and .*a.npy 12"): I.open_embeddings(tmp_path)
 
@@ -472,7 +476,7 @@ def test_benchmark_writes_its_files(tmp_path, monkeypatch):
     text = (tmp_path / "bench/search.md").read_text()
     assert "times the product" in text and "pays after" in text and str(tmp_path) not in text
     exact = pd.read_csv(tmp_path / "bench/search_exact.csv")
-    assert {"cosine", "euclidean"} == set(exact.way) and (exact.peak_gb > 0).all()
+    assert {"cosine", "euclidean"} == set(exact.way) and (exact.peak_gb > 0).all() and (exact.rounds == 1).all() and "medians of 1 rounds" in text
     assert "search" not in PARTS
     for wrong in (["retrieval", "--dim", "3"], ["serch"]):
         with pytest.raises(SystemExit): main(wrong)
@@ -495,5 +499,7 @@ def test_a_gallery_of_views(tmp_path):
     S.main(tmp_path / "bench", exact=(0, 0), sizes=(300,), dim=8, queries=30, rounds=1, threads=1, run=str(tmp_path / "run"))
     table = pd.read_csv(tmp_path / "bench/search.csv")
     assert table[table["index"] == "exact"].n.tolist() == [300, 300] and set(table.data) == {"synthetic", "views of glyphs"}
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert f"Views of glyphs: the run {record['row']}, seed 0, {record['run']}." in (tmp_path / "bench/search.md").read_text()
     with pytest.raises(ValueError, match="has no record.json, so it is no finished run: give a folder"): S.views(tmp_path, 10)
     with pytest.raises(ValueError, match="has no record.json"): S.main(tmp_path / "none", exact=(10**6, 10**4), run=str(tmp_path))     # before anything is measured

@@ -135,6 +135,20 @@ def test_rows_without_images_are_left_out_and_named(trees, tmp_path, monkeypatch
     assert cut["lacks some images of cars196, see dml-companion data list"] == ["cars196", "cars196_fair"]
 
 
+def test_missing_weights_are_told_before_anything_is_packed(trees, tmp_path, monkeypatch):
+    "And missing images before missing weights: a machine without either shows the plan that was kept."
+    monkeypatch.setenv("DML_CACHE", str(tmp_path / "packs"))
+    profile = load_profile("paper")
+    profile.base |= dict(size=40, crop=32, encoder="resnet18", batch_size=4)
+    weights = tmp_path / "none.pth"
+    with pytest.raises(ValueError, match=f"row 'cub': no weights for resnet18 at {weights}"): plan(profile, str(trees), "cpu", root=ROOT, weights=str(weights))
+    assert not list((tmp_path / "packs").glob("*"))
+    weights.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="row 'cub': .* is damaged"): plan(profile, str(trees), "cpu", root=ROOT, weights=str(weights))
+    assert not list((tmp_path / "packs").glob("*"))
+    with pytest.raises(FileNotFoundError, match="To have it"): plan(profile, str(tmp_path / "nothing"), "cpu", root=ROOT, weights=str(weights))
+
+
 def test_the_table_without_any_run(tmp_path):
     table = execute("nbs/04_experiments/31c_paper_and_ours.ipynb", figures=str(tmp_path))["table"]
     assert len(table) == 2 * (6 + 6 + 4 + 6) and table["ours, last"].str.startswith("not run").all() or (ROOT / "figures/paper/records").exists()

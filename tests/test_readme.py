@@ -136,6 +136,12 @@ def test_links_lead_somewhere():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_hands_arguments_on():
+    for target in ("reproduce", "tune", "status", "test", "bench-gpu"):
+        done = subprocess.run(["make", "-n", target, "ARGS=--row snca"], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.rstrip().endswith(" --row snca"), target
+
+
 def test_makefile_sets_up_before_each_target():
     for target in ("reproduce", "test", "lab", "bench", "status"):
         done = subprocess.run(["make", "-n", target, "VENV=does-not-exist"], cwd=ROOT, capture_output=True, text=True)
