@@ -1,4 +1,4 @@
-# stands for c3564a6ab850c042c6750b41e470872dea7f7df4ec05fa0d38b9154c01ecd1cc
+# stands for 345f40860c6da16e7a062a5ed1ce026b33c8111d63b22090229e4ea7a8908d91
 class DeviceRun(Run):
     "A run whose batches are made on the device; in several processes each embeds its part of every batch, and the loss sees all of it."
     backend: str | None = None # of torch.compile, as in `compiled`
