@@ -226,10 +226,10 @@ def step_flops(recipe: Recipe) -> int: # floating-point operations of one image,
 
 
 def rungs(device: torch.device, compiling: bool) -> list[Rung]:
-    "The ladder as this machine can climb it, and the floor: no tf32 on a CPU, and the compiler only where it is wanted."
+    "The ladder as this machine can climb it, and the floor: no tf32 on a CPU, and the compiler, where it is wanted, on its own rung alone: the package compiles on a GPU only."
     steps = [r for r in LADDER if (r.bf16 or not r.tf32 or device.type == "cuda") and (compiling or r.name != "+ compile")]
     floor = LADDER[-1]._replace(name=FLOOR)
-    return [r._replace(compiled=r.compiled and compiling) for r in (*steps, floor)]
+    return [r._replace(compiled=r.compiled and (device.type == "cuda" or compiling and r.name == "+ compile")) for r in (*steps, floor)]
 
 
 def ready(recipe: Recipe, split: Split, device: torch.device, steps: int, workers: int, compiling: bool, folder: Path) -> list[Way]:
@@ -350,7 +350,7 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
     where = [] if device.type == "cuda" else ["**No GPU here: the same ladder on the CPU, small.** It says nothing about a GPU: there is no TF32, and what a GPU gains from bf16, channels last "
                                               "and batches that lie beside the net, a CPU may lose."]
     compiling = compile or device.type == "cuda"
-    if not compiling: where += ["Nothing is compiled: `--compile` climbs that rung, too."]
+    if device.type != "cuda": where += ["The package compiles on a GPU only: the compiler's rung stands aside here, and what follows it is not compiled." if compile else "Nothing is compiled: `--compile` climbs that rung, too."]
     paper = device.type == "cuda" and use["encoder"] == "resnet50" and use["crop"] == 224
     def hours(table):
         run = table[table.rung == ITSELF].iloc[0]

@@ -82,6 +82,7 @@ def test_the_peak_without_a_data_sheet_is_measured_here():
 def test_a_cpu_climbs_no_rung_that_it_has_not():
     names = [r.name for r in T.rungs(torch.device("cpu"), False)]
     assert "+ tf32" not in names and "+ compile" not in names and not any(r.compiled for r in T.rungs(torch.device("cpu"), False))
+    assert [r.name for r in T.rungs(torch.device("cpu"), True) if r.compiled] == ["+ compile"]
     assert [r.name for r in T.rungs(torch.device("cuda"), True)][:-1] == [r.name for r in T.LADDER] and all(r.compiled for r in T.rungs(torch.device("cuda"), True)[-3:])
 
 
