@@ -34,6 +34,7 @@ KIND = {"cuda": "gpu", "cpu": "cpu"}                             # in the names 
 ROWS = {"cuda": 1_024, "cpu": 256}                               # of the batch over many classes
 PROBES, ROOM = (128, 256, 512), .4                               # B from which a CPU's need is forecast; share of the free memory it may take: seen within a factor 2.5
 FORMS = {"plain": "all logits", "chunks": "chunks of classes"}
+SOP = 60_502                                                     # images that are judged there
 REACH = {"losses": 4_096, "classes": 1_000_000}                  # largest B of losses.md and C of classes.md beside it
 NO_ROOM, MEASURED = "out of memory", "measured"
 
@@ -221,6 +222,8 @@ def not_measured(table) -> str:
     for part, letter in (("losses", "B"), ("classes", "C")):
         sizes = table[(table.part == part) & (table.state == MEASURED)]["size"]
         if len(sizes): missing.append(f"{letter} above {sizes.max():,}{f' (on a CPU {part}.md goes to {REACH[part]:,})' if sizes.max() < REACH[part] else ''}")
+    searched = table[(table.part == "search") & (table.state == MEASURED)]["size"]
+    if len(searched) and searched.max() < SOP: missing.append(f"search above {searched.max():,} (on a CPU search.md goes to {SOP:,} of 2,048 numbers)")
     return f"Not measured here: {', '.join([*missing, 'bf16', 'TF32', 'compiled losses', 'other libraries', 'several devices', 'indexes'])}."
 
 

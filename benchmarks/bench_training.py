@@ -310,7 +310,9 @@ def asked_of_an_hour() -> str:
     return "\n\n".join([
         "## What one hour for the paper's four recipes asks for", f"Arithmetic, not a measurement: {image / 1e9:.1f} GFLOP for an image of training (ResNet-50, 224 pixels, forward and backward, counted by torch), a third of that for one that is judged. "
         f"In one hour that is {flops / 3600 / 1e12:,.0f} TFLOP/s, {flops / 3600 / PEAKS['H200']:.1%} of the dense bf16 peak of an H200's data sheet, or a training speed of {(trained + judging * judged) / 3600:,.0f} images a second, "
-        f"if images are judged at three times that. Exact search adds {search / flops:.1%} of operations, in fp32.",
+        f"if images are judged at three times that. Exact search adds {search / flops:.1%} of operations, in fp32. "
+        "Not in it: compilation, packing, the upload, judging the untrained encoder, and the k-means of NMI at the end, on the processor. A share of the peak that sounds small need not be easy: "
+        "much of a ResNet's time is spent moving its maps and not in products.",
         pipe_table(["recipe", "images trained on", "images judged", "PFLOP"], rows)])
 
 
@@ -345,7 +347,7 @@ def main(out: str = "figures/bench", encoder: str | None = None, size: int | Non
     machine, (peak, what) = machine_lines(), peak_rate(device)
     name, folder = f"training_{'gpu' if device.type == 'cuda' else 'cpu'}", Path(out)
     about = (f"{use['encoder']}, {use['crop']} of {use['size']} pixels, batches of {use['batch']}, {step_flops(recipe) / 1e9:.2f} GFLOP an image (forward and backward, counted by torch). "
-             f"Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets; all rungs take a block each in every round, and ratios are those within a round. Each rung adds to the one before it. DataLoader: {workers} worker processes. The run itself: 05c's, with its bookkeeping; "
+             f"Median of {rounds} blocks of {use['steps']} steps, lowest and highest in brackets; all rungs take a block each in every round, and ratios are those within a round. {'Each rung adds to the one before it' + ', but for compile' * (device.type != 'cuda' and compile)}. DataLoader: {workers} worker processes. The run itself: 05c's, with its bookkeeping; "
              f"beside its steps it draws an epoch's table and waits at the end. The peak is {what}; the net's operations count, the loss's do not. Torch allows TF32 in convolutions unless told otherwise: what most scripts do lies between the first two rungs.")
     where = [] if device.type == "cuda" else ["**No GPU here: the same ladder on the CPU, small.** It says nothing about a GPU: there is no TF32, and what a GPU gains from bf16, channels last "
                                               "and batches that lie beside the net, a CPU may lose."]

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "nbs/04_experiments/34_family.ipynb"
 CELLS = [("".join(c["source"]), c["metadata"].get("tags", [])) for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
 PROFILES = {"family": "glyphs", "family_omniglot": "omniglot"}
+DRAWN = [*PROFILES, "family_device"] # by 34
 
 
 def rows_of(path):
@@ -454,7 +455,7 @@ def test_the_notebook_says_what_was_run():
     assert ("The runs have not been made" in text) == (not made)
 
 
-@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("name", DRAWN)
 def test_committed_results_are_recounted(name):
     folder = ROOT / f"figures/{name}"
     if not list(folder.glob("records/*.json")):
@@ -493,7 +494,7 @@ def test_committed_results_are_recounted(name):
 def test_the_prose_of_34_quotes_the_committed_tables():
     "Correlations with intervals, and differences with half widths, of `What we found`."
     text = next(t for c in json.loads(NOTEBOOK.read_text())["cells"] if (t := "".join(c["source"])).startswith("## What we found"))
-    tables = "".join((ROOT / f"figures/{name}/34_{table}.md").read_text() for name in PROFILES for table in ("correlations", "named_pairs", "against_ce"))
+    tables = "".join((ROOT / f"figures/{name}/34_{table}.md").read_text() for name in DRAWN for table in ("correlations", "named_pairs", "against_ce"))
     tables = re.sub(r"[+-]0\.00\b", "0.00", tables)
     told = re.findall(r"[+-]\d\.\d\d \([+-]?\d\.\d\d to [+-]?\d\.\d\d\)", text)
     assert len(told) > 25 and not (off := [t for t in told if t not in tables]), off
@@ -505,6 +506,19 @@ def test_the_prose_of_34_quotes_the_committed_tables():
     for table, quoted in (("glyphs", "0.044 ± 0.018"), ("omniglot", "0.017 ± 0.006")): assert quoted in (ROOT / f"figures/{table}/norm_layer.md").read_text()
 
 
+def test_the_prose_of_34_counts_the_five_seeds():
+    "Of `family_device`, against the three of `family`."
+    text = next(t for c in json.loads(NOTEBOOK.read_text())["cells"] if (t := "".join(c["source"])).startswith("## What we found"))
+    said = text[text.index("On Glyphs again"):text.index("What this notebook cannot say")]
+    three, five = ({c.id: c for c in R.load_claims(ROOT / f"figures/{name}")} for name in ("family", "family_device"))
+    assert len(five) == 8 and {id: c.status for id, c in five.items()} == {id: c.status for id, c in three.items()} and "All eight verdicts stand" in said
+    paired = [c["34.1"].instead.split(":")[1].split()[0] for c in (five, three)]
+    below = [[re.search(r"below: (\d+)", c[id].instead)[1] for c in (five, three)] for id in ("34.2", "34.7")]
+    assert below[1][0] == below[1][1] and [c["34.2"].violations for c in (three, five)] == [0, 0] and five["34.7"].instead.startswith("Above: 2, contrastive, margin, distance-weighted;")
+    for words in (f"{five['34.1'].violations} of 861 in the block layout for {three['34.1'].violations}, {paired[0]} by paired tests after Holm for {paired[1]}",
+                  f"{below[0][0]} of 36 are below for {below[0][1]}", f"{below[1][0]} are below, as before"): assert words in said, words
+
+
 def test_what_34_says_was_not_run():
     from dml_companion.losses.regularisers import REGULARISERS
     from dml_companion.mining import MINERS
@@ -514,4 +528,4 @@ def test_what_34_says_was_not_run():
     assert (rows, len(names), len(MINERS), len(REGULARISERS)) == (42, 34, 10, 9) and set(locate()) - names == {"intra_batch"} and "42 rows of 34 objectives" in text
     assert {r.get("objective_options", {}).get("miner") for r in recipes.values()} - {None} == {"semihard", "distance_weighted", "rho_distance"} and {r.get("objective_options", {}).get("regulariser") for r in recipes.values()} - {None} == {"power", "mhe"}
     assert sum(row.endswith("_norm") for row in recipes) == 5
-    for name in PROFILES: assert {(r.provenance["device"], r.provenance["threads"]) for r in load_records(ROOT / f"figures/{name}")} == {("cpu", 1)}
+    for name in DRAWN: assert {(r.provenance["device"], r.provenance["threads"]) for r in load_records(ROOT / f"figures/{name}")} == {("cpu", 1)}

@@ -6,11 +6,13 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from functools import partial
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from dml_companion import device_training, objectives, training
 from dml_companion.datasets import load
@@ -42,8 +44,9 @@ def whole(data): return train(data)
 
 
 def in_child(work):
-    "Fork a process that does some work and leaves with exit code 0, or 3 after an error."
+    "Fork a process that does some work and leaves with exit code 0, or 3 after an error. It has a lock of its own for tqdm, whose usual one all processes share: one that is killed may keep it."
     if pid := os.fork(): return pid
+    tqdm.set_lock(threading.RLock())
     try: work(); os._exit(0)
     except BaseException: os._exit(3)
 
