@@ -129,3 +129,19 @@ def test_the_ladder_in_figures_is_the_program_s():
     assert table.rung.tolist() == [*names[:-1], T.ITSELF, names[-1]]
     lines = {line.split(" | ")[0][2:]: line for line in (BENCH / "training_cpu.md").read_text().splitlines() if line.startswith("| ")}
     for r in table.itertuples(): assert lines[r.rung].endswith(f" | {r.against_first:.2f} | {r.step_against_floor:.2f} | {r.share_of_peak:.1%} |"), r.rung
+
+
+def test_the_page_of_both_paths_and_05c_are_what_the_seeds_give():
+    import json
+    from benchmarks import bench_paths as P
+    table, page = pd.read_csv(BENCH / "training_paths.csv"), (BENCH / "training_paths.md").read_text()
+    assert table.groupby(["path", "epoch"]).seed.nunique().eq(10).all() and [*dict.fromkeys(table.path)] == list(P.PATHS)
+    both, first = P.compared(table), P.compared(table[table.seed < 5])
+    for _, rows in both.groupby("path", sort=False): assert P.page_of(rows) in page
+    for _, rows in first.groupby("path", sort=False): assert P.verdict_of(rows) in page.split("first five")[1]
+    said = next(line for c in json.loads((BENCH.parents[1] / "nbs/01_foundations/05c_device_training.ipynb").read_text())["cells"] for line in c["source"] if "learns what the usual path learns" in line)
+    fp32, bf16 = both[both.epoch == 12].itertuples()
+    early = next(first[first.epoch == 12].itertuples())
+    assert both.overlap.all() and "overlap after each of twelve epochs" in said
+    for words in (f"{fp32.reference:.3f} ± {fp32.reference_half:.3f} there, {fp32.device:.3f} ± {fp32.device_half:.3f} and {bf16.device:.3f} ± {bf16.device_half:.3f} here",
+                  f"{fp32.difference:.3f} ± {fp32.half:.3f} and {bf16.difference:.3f} ± {bf16.half:.3f}", f"off by {early.difference:.3f} ± {early.half:.3f}"): assert words in said, words
