@@ -660,7 +660,7 @@ def test_the_list(tmp_path):
     assert set(states) == set(D.known_datasets()) == set(B.FACTS)
     command("data", "prepare", "cub", "--data", root, "--cache", tmp_path / "packs", "--size", 16, name="cub")
     code, text = command("data", "list", "--data", root, "--cache", tmp_path / "packs", name="cub")
-    assert code == 0 and "pack ready (16 px" in text and "11,788" in text and "missing car_ims.tgz" in text
+    assert code == 0 and "pack ready (16 px, 0.00 GB)" in text and "11,788" in text and "missing car_ims.tgz" in text
     for facts in B.FACTS.values(): assert facts.page[:40] in text
     code, text = command("data", "list", "--data", root, "--cache", tmp_path / "packs")
     assert "pack ready" not in text                                   # twelve images are not CUB

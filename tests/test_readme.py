@@ -143,6 +143,7 @@ def test_make_hands_arguments_on():
         assert done.stdout.rstrip().endswith(" --row snca"), target
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_makefile_sets_up_before_each_target():
     for target in ("reproduce", "test", "lab", "bench", "status"):
         done = subprocess.run(["make", "-n", target, "VENV=does-not-exist"], cwd=ROOT, capture_output=True, text=True)
